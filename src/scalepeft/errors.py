@@ -65,12 +65,13 @@ def closest(word: str, candidates: Iterable[str]) -> list[str]:
     counts one; a third of the word's length (at least one, at most three) is still near.
     """
     limit = min(3, max(1, len(word) // 3))
-    scored = [(d, c) for c in candidates if abs(len(c) - len(word)) <= limit and (d := _distance(word, c)) <= limit]
+    scored = [(d, c) for c in candidates if abs(len(c) - len(word)) <= limit and (d := _distance(word, c, limit)) <= limit]
     best = min((d for d, _ in scored), default=0)
     return [c for d, c in scored if d == best][:2]
 
 
-def _distance(a: str, b: str) -> int:
+def _distance(a: str, b: str, limit: int) -> int:
+    """The optimal string alignment distance, or some number above the limit when that is exceeded."""
     before: list[int] = []
     previous = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -80,6 +81,8 @@ def _distance(a: str, b: str) -> int:
             if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
                 cost = min(cost, before[j - 2] + 1)
             row.append(cost)
+        if min(row) > limit:  # no later row has a smaller number than the smallest of this one
+            return min(row)
         before, previous = previous, row
     return previous[-1]
 

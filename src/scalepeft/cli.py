@@ -1,0 +1,52 @@
+"""The verbs of the command line and the modules that hold them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from scalepeft.errors import UserError, did_you_mean, program
+
+COMMANDS = {
+    "train": ("scalepeft.train:main", "train an adapter as a recipe says"),
+    "check": ("scalepeft.recipe:main", "find every problem of recipes, each with its line"),
+    "schema": ("scalepeft.schema:main", "print the JSON Schema of recipes or run directories"),
+    "fetch": ("scalepeft.fetch:main", "bring the small models and data of the quickstart"),
+    "evaluate": ("scalepeft.predict:evaluate_main", "measure a trained run on labelled rows"),
+    "predict": ("scalepeft.predict:main", "label rows with a trained run"),
+}
+"""Each verb's function, as `module:function`, and what it does."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program `scalepeft`; returns its exit status."""
+    return program(_dispatch, arguments)
+
+
+def _dispatch(arguments: Sequence[str]) -> int | None:
+    verb, *rest = arguments or [""]
+    if verb in ("-h", "--help"):
+        print(_help())
+        return 0
+    if verb == "--version":
+        import scalepeft
+
+        print(f"scalepeft {scalepeft.__version__}")
+        return 0
+    if not verb:
+        raise UserError(_help())
+    if verb not in COMMANDS:
+        raise UserError(f"scalepeft: there is no verb {verb!r}{did_you_mean(verb, COMMANDS) or '; see scalepeft --help'}")
+    module, _, function = COMMANDS[verb][0].partition(":")
+    status: int | None = getattr(importlib.import_module(module), function)(rest)
+    return status
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {verb:10}{what}" for verb, (_, what) in COMMANDS.items())
+    return f"usage: scalepeft VERB ...\n\n{verbs}\n\n`scalepeft VERB --help` says more of a verb; there is also --version."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""The model: base + quantisation + adapter, built for training or loaded from a run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as upstream_logging
+
+from scalepeft.errors import UserError, did_you_mean, one_line
+from scalepeft.fetch import asset_path
+from scalepeft.recipe import Recipe
+from scalepeft.run import RECORD, Run
+
+Trained = PreTrainedModel | PeftModel
+
+if not sys.stderr.isatty():
+    upstream_logging.disable_progress_bar()  # of loading weights: a bar in a log file is noise
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of what it otherwise finds out by itself
+
+
+def tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer. Raises UserError when it cannot be loaded."""
+    with _upstream_errors(recipe, "model.name_or_path"):
+        return AutoTokenizer.from_pretrained(*_base(recipe), **_source(recipe))
+
+
+def longest_input(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest input in tokens that tokenizer and model take."""
+    config = _config(recipe, labels=None)
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions start after the padding index
+        positions -= config.pad_token_id + 1
+    return int(min(positions, tokenizer.model_max_length))
+
+
+def build(recipe: Recipe, labels: Sequence[str]) -> tuple[Trained, list[str]]:
+    """The model to train and the names of those of its parameters that the checkpoint does not have (the new head).
+
+    Raises UserError for what the recipe got wrong: an unreachable base, a checkpoint without the backbone's weights, a
+    configuration key that the model does not have, target modules that match nothing.
+    """
+    base, new = _load_base(recipe, labels)
+    if recipe.quantization is not None:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=_checkpoints_activations(recipe))
+    options = recipe.adapter
+    if options is None:
+        return base, new
+    if "name_or_path" in options:
+        with _upstream_errors(recipe, "adapter.name_or_path"):
+            path = adapter_path(str(options["name_or_path"]))
+            return PeftModel.from_pretrained(base, path, revision=options.get("revision"), is_trainable=True), new
+    with _upstream_errors(recipe, "adapter"):
+        given = {"task_type": TaskType.SEQ_CLS} | {k: v for k, v in options.items() if k != "peft_type"}
+        model = get_peft_model(base, PEFT_TYPE_TO_CONFIG_MAPPING[options["peft_type"]](**given))
+    model.peft_config["default"].revision = recipe.model.revision
+    return model, new
+
+
+def load(run: Run) -> Trained:
+    """The trained model of a run, in evaluation mode on its device: the base of its recipe and the run's own weights."""
+    recipe, labels = run.recipe(), run.record["labels"]
+    if recipe.adapter is None:
+        with _upstream_errors(recipe, "model.name_or_path"):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                run.weights, dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code
+            )
+    else:
+        model = PeftModel.from_pretrained(_load_base(recipe, labels)[0], run.weights)
+    if recipe.quantization is None:
+        model = model.to(device())
+    return model.eval()
+
+
+def device() -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def precision(recipe: Recipe) -> contextlib.AbstractContextManager[object]:
+    """The autocast that the recipe trains under, for use in evaluation and prediction."""
+    name = next((n for n in ("bf16", "fp16") if recipe.training.get(n)), None)
+    if name is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device().type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[name])
+
+
+def adapter_path(name_or_path: str) -> str:
+    """An adapter's folder or Hub id; a run directory stands for the adapter in it."""
+    run = Path(name_or_path)
+    return str(run / "adapter") if (run / RECORD).is_file() else name_or_path
+
+
+def parameters(model: Trained) -> dict[str, int]:
+    """Trainable and total parameters, counted as peft does: packed 4-bit weights and sharded ones by their real size."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel() or getattr(parameter, "ds_numel", 0)
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * parameter.element_size()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return {"trainable": trainable, "total": total}
+
+
+def _load_base(recipe: Recipe, labels: Sequence[str]) -> tuple[PreTrainedModel, list[str]]:
+    config = _config(recipe, labels)
+    options: dict[str, Any] = {"dtype": recipe.model.dtype, "use_safetensors": recipe.model.use_safetensors or None}
+    if recipe.model.attn_implementation:
+        options["attn_implementation"] = recipe.model.attn_implementation
+    if recipe.quantization is not None:
+        options["quantization_config"] = _quantization(recipe, config)
+    with _upstream_errors(recipe, "model.name_or_path"):
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            *_base(recipe), config=config, output_loading_info=True, **options, **_source(recipe)
+        )
+    new = sorted(loading["missing_keys"])
+    prefix = f"{model.base_model_prefix}."
+    # a pooler belongs to the backbone by name and to the task by training: masked language models come without one
+    lost = [name for name in new if name.startswith(prefix) and "pooler" not in name]
+    if lost:
+        shown = ", ".join(lost[:3])
+        raise recipe.error("model.name_or_path", f"the checkpoint lacks {len(lost)} weights of the {config.model_type} backbone ({shown}, ...)")
+    return model, new
+
+
+def _config(recipe: Recipe, labels: Sequence[str] | None) -> Any:
+    with _upstream_errors(recipe, "model.name_or_path"):
+        config = AutoConfig.from_pretrained(*_base(recipe), **_source(recipe))
+    for key, value in recipe.model.config.items():
+        if not hasattr(config, key):
+            raise recipe.error(f"model.config.{key}", f"{type(config).__name__} has no {key!r}{did_you_mean(key, config.to_dict())}")
+        setattr(config, key, value)
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: index for index, name in enumerate(labels)}
+        config.problem_type = "single_label_classification"
+    return config
+
+
+def _quantization(recipe: Recipe, config: Any) -> BitsAndBytesConfig:
+    """BitsAndBytesConfig with the head left unquantised: a 4-bit head cannot be trained.
+
+    The head is what the model has beside its backbone, seen on a model without storage.
+    """
+    options: Mapping[str, Any] = recipe.quantization or {}
+    with torch.device("meta"):
+        skeleton = AutoModelForSequenceClassification.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+    heads = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
+    with _upstream_errors(recipe, "quantization"):
+        return BitsAndBytesConfig(**{"llm_int8_skip_modules": heads} | options)
+
+
+def _checkpoints_activations(recipe: Recipe) -> bool:
+    return bool(recipe.training.get("activation_checkpointing") or recipe.training.get("gradient_checkpointing"))
+
+
+def _base(recipe: Recipe) -> tuple[str]:
+    name = recipe.model.name_or_path
+    return (str(asset_path(name)) if name.startswith("fetched:") else str(Path(name).expanduser()) if name.startswith("~") else name,)
+
+
+def _source(recipe: Recipe) -> dict[str, Any]:
+    given = {"revision": recipe.model.revision} if recipe.model.revision else {}
+    return given | {"trust_remote_code": recipe.model.trust_remote_code}
+
+
+@contextlib.contextmanager
+def _upstream_errors(recipe: Recipe, key: str) -> Iterator[None]:
+    """What upstream says of a wrong name, an unreachable Hub or a wrong option, as one line that names the recipe's."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise recipe.error(key, _explained(recipe, key, error)) from error
+
+
+def _explained(recipe: Recipe, key: str, error: Exception) -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    text = one_line(error)
+    name = recipe.model.name_or_path if key.startswith("model") else (recipe.adapter or {}).get("name_or_path", "")
+    if "couldn't connect" in text or "offline mode" in text.lower() or "outgoing traffic has been disabled" in text:
+        return f"{name!r} is not in the cache ({HF_HUB_CACHE}) and the Hub cannot be reached; fetch it where there is a network"
+    if "is not a local folder and is not a valid model identifier" in text:
+        return f"{name!r} is neither a folder nor a model of the Hub that this token may read"
+    if "Target modules" in text and "not found" in text:
+        return f"target_modules {(recipe.adapter or {}).get('target_modules')!r} match no module of {recipe.model.name_or_path}"
+    return text if len(text) < 300 else f"{text[:300]}..."

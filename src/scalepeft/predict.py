@@ -1,0 +1,157 @@
+"""The trained model of a run at work: `scalepeft evaluate` and `scalepeft predict`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scalepeft import run as runs
+from scalepeft.console import quiet_upstream, say, table
+from scalepeft.errors import UserError
+from scalepeft.recipe import Recipe
+from scalepeft.run import Run
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from scalepeft.data import Prepared
+    from scalepeft.model import Trained
+    from scalepeft.tasks import SequenceClassification
+
+
+def evaluate_main(arguments: Sequence[str]) -> int:
+    """`scalepeft evaluate RUN [data.key=value ...] [--output FILE]`."""
+    parser = argparse.ArgumentParser(prog="scalepeft evaluate", description="Evaluate a complete run on its named sets, or on others.")
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="e.g. data.evaluation.new.path=new.csv")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON to this new file")
+    options = parser.parse_intermixed_args(arguments)
+    foreign = [o for o in options.overrides if not o.startswith(("data.", "training.per_device_eval_batch_size="))]
+    if foreign:
+        raise UserError(f"command line: {foreign[0]!r}: of a trained run only data.* and training.per_device_eval_batch_size may change")
+    _refuse_existing(options.output)
+    found = evaluate(_complete(options.run), options.overrides)
+    if options.output:
+        runs.write(options.output, json.dumps(found, indent=2) + "\n")
+    figures = list(next(iter(found.values())))[:-2]
+    say(table([("", *found), *((f, *(f"{of[f]:.4f}" for of in found.values())) for f in figures)]))
+    from scalepeft.report import per_class
+
+    for name, of in found.items():
+        say(f"\n{name}\n{per_class(of)}")
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`scalepeft predict RUN --data FILE --output predictions.csv`."""
+    parser = argparse.ArgumentParser(prog="scalepeft predict", description="Label the rows of a file with a complete run.")
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("--data", type=Path, required=True, help="csv, tsv, json, jsonl or parquet file with the recipe's text columns")
+    parser.add_argument("--output", type=Path, required=True, help="the csv file to write; it must not exist")
+    options = parser.parse_args(arguments)
+    _refuse_existing(options.output)
+    rows = predict(_complete(options.run), options.data, options.output)
+    say(f"{options.output}: {rows:,} rows")
+    return 0
+
+
+def evaluate(run: Run, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Each named set's metrics, per-class table and confusion matrix, by the run's saved weights."""
+    labels = run.record["labels"]
+    recipe = run.recipe(list(overrides))
+    quiet_upstream()
+    import numpy as np
+
+    from scalepeft import data, model
+
+    task = _task(recipe, labels)
+    limit = model.longest_input(recipe, task.tokenizer)
+    corpus = data.prepare(recipe, task.tokenizer, limit=limit, need_train=False, label_names=labels)
+    if not corpus.evaluation:
+        raise UserError(f"{run.path}: its recipe names no evaluation set; name one: data.evaluation.NAME.path=FILE")
+    trained, found = model.load(run), {}
+    for name, prepared in corpus.evaluation.items():
+        reduced = np.empty((len(prepared.rows), 2), dtype=np.float32)
+        for indices, logits, truth in _batches(trained, recipe, task, prepared):
+            reduced[indices] = task.reduce(logits, truth).cpu().numpy()
+        found[name] = task.metrics(reduced, prepared.labels) | task.details(reduced, prepared.labels)
+    return found
+
+
+def predict(run: Run, file: Path, output: Path) -> int:
+    """Write label, name and probabilities of each row of a file as csv, in the file's order; return the number of rows."""
+    labels = run.record["labels"]
+    recipe = run.recipe()
+    quiet_upstream()
+    import numpy as np
+
+    from scalepeft import data, model
+
+    task = _task(recipe, labels)
+    limit = model.longest_input(recipe, task.tokenizer)
+    prepared = data.prepare_file(recipe, task.tokenizer, file, limit=limit, label_names=labels)
+    probabilities = np.empty((len(prepared.rows), len(labels)), dtype=np.float32)
+    for indices, logits, _ in _batches(model.load(run), recipe, task, prepared):
+        probabilities[indices] = logits.softmax(-1).cpu().numpy()
+    beside = output.with_name(f"{output.name}.part")
+    try:
+        with beside.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["row", "label", "name", *(f"probability_{name}" for name in labels)])
+            for row, of in zip(prepared.rows["row"], probabilities, strict=True):
+                best = int(of.argmax())
+                writer.writerow([row, best, labels[best], *(f"{p:.6f}" for p in of)])
+        beside.replace(output)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+    return len(prepared.rows)
+
+
+def _batches(
+    trained: Trained, recipe: Recipe, task: SequenceClassification, prepared: Prepared
+) -> Iterator[tuple[NDArray[np.int64], torch.Tensor, torch.Tensor]]:
+    """Row numbers, logits in fp32 and labels, batch by batch, longest rows first."""
+    import torch
+
+    from scalepeft import model
+    from scalepeft.sampler import epoch_order
+    from scalepeft.trainer import Rows
+
+    rows, device = Rows(prepared.rows), model.device()
+    order = epoch_order(prepared.lengths, seed=0, epoch=0, strategy="longest_first")
+    size = recipe.training.get("per_device_eval_batch_size", 8)
+    with torch.inference_mode(), model.precision(recipe):
+        for start in range(0, len(order), size):
+            indices = order[start : start + size]
+            batch = {k: v.to(device) for k, v in task.collate(rows.__getitems__(indices.tolist())).items()}
+            truth = batch.pop("labels")
+            yield indices, trained(**batch).logits.float(), truth
+
+
+def _task(recipe: Recipe, labels: Sequence[str]) -> SequenceClassification:
+    from scalepeft import model
+    from scalepeft.tasks import TASKS
+
+    return TASKS[recipe.task](model.tokenizer(recipe), labels)
+
+
+def _complete(path: Path) -> Run:
+    run = Run(path)
+    run.recipe()
+    if run.record["status"] != "complete":
+        reason = f" ({run.record['reason']})" if run.record.get("reason") else ""
+        raise UserError(f"{path}: the run is {run.record['status']}{reason}; train it to the end first")
+    return run
+
+
+def _refuse_existing(output: Path | None) -> None:
+    if output is not None and output.exists():
+        raise UserError(f"{output}: exists already; give another --output")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UserError(f"{output}: there is no folder {output.absolute().parent}")

@@ -1,0 +1,97 @@
+"""What differs per task: collation, loss, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of a row that counts neither in the loss nor in a metric (torch's ignore_index)."""
+
+
+class SequenceClassification:
+    """One label a row."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, label_smoothing: float = 0.0) -> None:
+        self.tokenizer, self.labels, self.label_smoothing = tokenizer, list(labels), label_smoothing
+        self.metric = Classification()
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Rows of token ids as tensors (rows x longest row), padded with the tokenizer's own padding token."""
+        inputs = {k: [row[k] for row in rows] for k in ("input_ids", "token_type_ids") if k in rows[0]}
+        batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
+        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        return batch
+
+    def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        """Summed cross-entropy over the rows of the whole global batch.
+
+        The Trainer passes `num_items_in_batch`, the rows of all processes and accumulated micro-batches. The models' own
+        losses ignore it, so that upstream's loss and gradient grow with processes and accumulation.
+        """
+        loss = torch.nn.functional.cross_entropy(
+            outputs["logits"].float(), labels, ignore_index=IGNORED, reduction="sum", label_smoothing=self.label_smoothing
+        )
+        return loss / (num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum())
+
+    @staticmethod
+    def reduce(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+        """Each row's predicted label and cross-entropy (rows x 2): all that an evaluation gathers, whatever the classes."""
+        scores = (logits[0] if isinstance(logits, tuple) else logits).float()
+        losses = torch.nn.functional.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="none")
+        return torch.stack([scores.argmax(-1).float(), losses], dim=-1)
+
+    def metrics(self, reduced: NDArray[np.floating], references: NDArray[np.integer]) -> dict[str, float]:
+        """The figures of run.json from `reduce`d rows and their labels; rows labelled IGNORED do not count."""
+        counted = references != IGNORED
+        predicted = reduced[counted, 0].astype(np.int64)
+        figures: dict[str, float] = self.metric.compute(predictions=predicted, references=references[counted])
+        return figures | {"loss": float(reduced[counted, 1].mean(dtype=np.float64))}
+
+    def details(self, reduced: NDArray[np.floating], references: NDArray[np.integer]) -> dict[str, Any]:
+        """The per-class table and the confusion matrix (rows: truth, columns: prediction)."""
+        from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+        counted = references != IGNORED
+        truth, predicted = references[counted], reduced[counted, 0].astype(np.int64)
+        classes = list(range(len(self.labels)))
+        table = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0)
+        per_class = {
+            name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
+            for name, p, r, f, n in zip(self.labels, *table, strict=True)
+        }
+        return {"per_class": per_class, "confusion": confusion_matrix(truth, predicted, labels=classes).tolist()}
+
+
+class Classification(evaluate.Metric):  # type: ignore[misc]
+    """Accuracy, F1, precision and recall as one `evaluate` metric that needs no script from the Hub."""
+
+    def __init__(self) -> None:
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Accuracy, and F1, precision and recall as macro and weighted means (scikit-learn's definitions).",
+            citation="",
+            inputs_description="predictions and references: label numbers",
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+
+        figures = {"accuracy": float(accuracy_score(references, predictions))}
+        for average in ("macro", "weighted"):
+            means = precision_recall_fscore_support(references, predictions, average=average, zero_division=0)[:3]
+            figures |= {f"{name}_{average}": float(v) for name, v in zip(("precision", "recall", "f1"), means, strict=True)}
+        return figures
+
+
+TASKS = {"sequence-classification": SequenceClassification}

@@ -1,0 +1,365 @@
+"""Train a recipe: `accelerate launch -m scalepeft.train RECIPE`, or `scalepeft train RECIPE` for a single process."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scalepeft import recipe as recipes
+from scalepeft import run as runs
+from scalepeft.console import quiet_upstream, say, speaks
+from scalepeft.errors import Interrupted, ScalepeftError, UserError, disk_full, one_line, program
+from scalepeft.fetch import missing_inputs
+from scalepeft.recipe import Recipe
+from scalepeft.run import Run
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainingArguments
+
+    from scalepeft.data import Corpus, Prepared
+    from scalepeft.trainer import RecipeTrainer
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`scalepeft train RECIPE [section.key=value ...] [--fresh]`."""
+    parser = argparse.ArgumentParser(prog="scalepeft train", description="Train, evaluate, save and verify a recipe.")
+    parser.add_argument("recipe", help="a recipe file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values to change, in YAML")
+    parser.add_argument("--fresh", action="store_true", help="move an existing run directory aside and start anew")
+    options = parser.parse_intermixed_args(arguments)
+    recipe = recipes.load(options.recipe, options.overrides)
+    run = train(recipe, fresh=options.fresh)
+    if run.record.get("status") != "complete" and speaks():
+        _verify_in_place_of_this(run)
+    return 0
+
+
+def train(recipe: Recipe, *, fresh: bool = False) -> Run:
+    """Train and save a recipe, or go on where an earlier run of it stopped; `scalepeft.verify` then completes the run.
+
+    Called by every process of a launch. A run that is complete, or trained and only not yet verified, is returned as it
+    is. Raises UserError for what the user can mend and Interrupted when asked to stop: the same call then resumes.
+    """
+    run = Run(recipe.output_dir)
+    state = "new" if fresh else runs.inspect(recipe)
+    if state == "complete":
+        say(f"{run.path}: is complete already; --fresh moves it aside and trains anew")
+    if state in ("complete", "trained"):
+        return run
+    missing_inputs(recipe)
+    quiet_upstream()
+
+    from transformers import set_seed
+
+    from scalepeft import data, model
+    from scalepeft.tasks import TASKS
+    from scalepeft.trainer import RecipeTrainer
+
+    tokenizer = model.tokenizer(recipe)
+    corpus = data.prepare(recipe, tokenizer, limit=model.longest_input(recipe, tokenizer))
+    arguments = _arguments(recipe, run)  # several processes form their group here, after all preparation
+    set_seed(arguments.seed)
+    built, new = model.build(recipe, corpus.label_names)
+    task = TASKS[recipe.task](tokenizer, corpus.label_names, label_smoothing=arguments.label_smoothing_factor)
+    with _session(recipe, run, corpus, arguments, fresh=fresh) as (checkpoint, callbacks):
+        trainer = RecipeTrainer(
+            model=built, args=arguments, task=task, run=run, train=corpus.train, evaluation=corpus.evaluation, callbacks=callbacks
+        )
+        _describe(recipe, run, corpus, trainer, new)
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _record_training(run, corpus, trainer, time.monotonic() - started)
+        _stop_if_requested(run, trainer)
+        _record_evaluation(run, trainer)
+        _save(recipe, run, corpus, trainer)
+        trainer.accelerator.end_training()
+    return run
+
+
+def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
+    """TrainingArguments from the recipe alone: the launch file says how many processes and which engine, no more."""
+    import torch
+    from transformers import TrainingArguments
+
+    given: dict[str, Any] = {
+        "use_cpu": not torch.accelerator.is_available(),  # without it upstream refuses bf16 on a CPU
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "hub_private_repo": True,
+        "label_names": ["labels"],
+        "restore_callback_states_from_checkpoint": recipe.early_stopping is not None,
+    }
+    given |= recipe.training | {"output_dir": str(run.path)}
+    if run.record.get("evaluation"):  # a resumed run was evaluated before its first step already
+        given["eval_on_start"] = False
+    # read where neither bf16 nor fp16 is set: a launch file's mixed_precision would slip in
+    os.environ["ACCELERATE_MIXED_PRECISION"] = next((p for p in ("bf16", "fp16") if given.get(p)), "no")
+    try:
+        arguments = TrainingArguments(**given)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise recipe.error("training", one_line(error)) from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one device; DataParallel would multiply the batch
+    if recipe.global_batch_size is not None:
+        together = arguments.per_device_train_batch_size * arguments.world_size
+        if recipe.global_batch_size % together:
+            told = f"{arguments.per_device_train_batch_size} rows x {arguments.world_size} processes"
+            raise recipe.error("global_batch_size", f"{recipe.global_batch_size} is not a multiple of {together} ({told})")
+        arguments.gradient_accumulation_steps = recipe.global_batch_size // together
+    return arguments
+
+
+@contextlib.contextmanager
+def _session(
+    recipe: Recipe, run: Run, corpus: Corpus, arguments: TrainingArguments, *, fresh: bool
+) -> Iterator[tuple[Path | None, list[TrainerCallback]]]:
+    """Open the run directory, give the checkpoint to resume from and the callbacks, and record how the session ends."""
+    from accelerate import PartialState
+    from filelock import FileLock, Timeout
+    from transformers import EarlyStoppingCallback
+
+    from scalepeft.callbacks import MetricsLog, Progress, StopRequest
+
+    first = arguments.process_index == 0
+    lock = FileLock(run.path / runs.LOCK)
+    if first:
+        try:
+            if fresh and run.path.exists():
+                say(f"{run.path}: moved aside to {run.move_aside()}")
+            run.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{run.path}: another process is training there") from None
+        except OSError as error:
+            raise recipe.error("training.output_dir", f"{run.path} cannot be written: {error.strerror}") from None
+        _open(recipe, run, corpus)
+    PartialState().wait_for_everyone()
+    stop = StopRequest(lambda: first and run.end("interrupted", "stopped at once; the same command resumes"))
+    callbacks = [Progress(), *([MetricsLog(run)] if first else []), stop]
+    if recipe.early_stopping is not None:
+        callbacks.append(EarlyStoppingCallback(**recipe.early_stopping))
+    try:
+        with stop:
+            yield run.last_checkpoint(), callbacks
+    except ScalepeftError:
+        raise
+    except Exception as error:
+        mendable = _mendable(run, error)
+        if first:
+            with contextlib.suppress(OSError):  # on a full disk even this may fail; the old record then stays
+                run.end("failed", str(mendable) if mendable else f"{type(error).__name__}: {one_line(error)}")
+        if mendable:
+            raise mendable from error
+        raise
+    finally:
+        lock.release()
+
+
+def _open(recipe: Recipe, run: Run, corpus: Corpus) -> None:
+    keys = {name: prepared.key for name, prepared in _sets(corpus).items()}
+    if not run.record:
+        run.create(recipe)
+    elif run.record["data"] and run.record["data"]["keys"] != keys:
+        changed = [name for name in keys if keys[name] != run.record["data"]["keys"].get(name)]
+        raise UserError(
+            f"{run.path}: the rows of {', '.join(changed)} are no longer those the run was started with; restore them, or use --fresh"
+        )
+    for torn in run.unpublished():
+        shutil.rmtree(torn)
+    (run.path / runs.VERIFICATION).unlink(missing_ok=True)
+    checkpoint = run.last_checkpoint()
+    run.forget_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    runs.write(run.path / runs.RESOLVED, recipes.dump(recipe.resolved()))
+    run.update(
+        status="running",
+        reason=None,
+        ended=None,
+        labels=corpus.label_names,
+        revisions=corpus.revisions,
+        data={
+            "keys": keys,
+            "rows": {name: len(prepared.rows) for name, prepared in _sets(corpus).items()},
+            "dropped": {name: prepared.dropped for name, prepared in _sets(corpus).items()},
+        },
+    )
+
+
+def _mendable(run: Run, error: Exception) -> UserError | None:
+    """A foreign exception that the user can mend, as an error that says what was kept and what to do."""
+    import torch
+
+    checkpoint = run.last_checkpoint()
+    kept = f"kept: {checkpoint}" if checkpoint else "nothing was saved yet"
+    if disk_full(error):
+        for torn in run.unpublished():
+            shutil.rmtree(torn, ignore_errors=True)
+        return UserError(f"{run.path}: the disk is full; {kept}. Free space and give the same command again")
+    if isinstance(error, torch.OutOfMemoryError):
+        told = "lower training.per_device_train_batch_size (global_batch_size keeps the product), or set activation_checkpointing"
+        return UserError(f"{run.path}: out of device memory; {kept}. To fit: {told}")
+    return None
+
+
+def _describe(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, new: Sequence[str]) -> None:
+    """Record the layout and the parameters, and print the start panel."""
+    import torch
+
+    from scalepeft import model, report
+
+    args, batches, counts = trainer.args, trainer.step_batches(), model.parameters(trainer.model)
+    precision = {"no": str(next(trainer.model.parameters()).dtype).removeprefix("torch.")}.get(args.mixed_precision, args.mixed_precision)
+    layout = {
+        "processes": args.world_size,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "global_batch_size": batches.global_batch,
+        "engine": str(trainer.accelerator.distributed_type.value),
+        "device": args.device.type,
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+    }
+    epochs = args.num_train_epochs
+    per_epoch = -(-len(batches) // args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * per_epoch)
+    if args.process_index == 0:
+        run.update(layout=layout, parameters=counts, max_steps=steps, revisions=corpus.revisions | _revision(recipe, trainer))
+    kind = (recipe.adapter or {}).get("peft_type", "continued adapter") if recipe.adapter else "full fine-tuning"
+    heads = sorted({name.rpartition(".")[0] for name in new})
+    inner = trainer.model.get_base_model() if recipe.adapter else trainer.model
+    say(
+        report.panel(
+            f"{recipe.name} -> {run.path}",
+            {
+                "model": f"{recipe.model.name_or_path} ({type(inner).__name__}"
+                + (f"; new: {', '.join(heads)})" if heads else ")"),
+                "adapter": f"{kind}: {counts['trainable']:,} of {counts['total']:,} parameters trained"
+                f" ({counts['trainable'] / counts['total']:.4%})",
+                "data": " · ".join(_rows(name, prepared) for name, prepared in _sets(corpus).items()),
+                "steps": f"{steps:,} of {batches.global_batch} rows = {args.per_device_train_batch_size} x "
+                f"{args.gradient_accumulation_steps} accumulated x {args.world_size} process{'es' * (args.world_size > 1)}; {per_epoch:,} an epoch",
+                "padding": f"{batches.padding_waste():.1%} of the tokens",
+                "layout": f"{layout['engine'].lower().replace('no', 'single process')} · {layout['device']} · {precision} · {layout['threads']} threads",
+            },
+        )
+    )
+
+
+def _sets(corpus: Corpus) -> dict[str, Prepared]:
+    return {"train": corpus.train, **corpus.evaluation}
+
+
+def _rows(name: str, prepared: Prepared) -> str:
+    dropped = f" ({sum(prepared.dropped.values())} dropped)" if prepared.dropped else ""
+    return f"{name} {len(prepared.rows):,} rows{dropped}{', cached' if prepared.reused else ''}"
+
+
+def _revision(recipe: Recipe, trainer: RecipeTrainer) -> dict[str, str]:
+    found = getattr(trainer.model.config, "_commit_hash", None) or recipe.model.revision
+    return {recipe.model.name_or_path: found} if found else {}
+
+
+def _record_training(run: Run, corpus: Corpus, trainer: RecipeTrainer, seconds: float) -> None:
+    import resource
+
+    import torch
+
+    if trainer.args.process_index != 0:
+        return
+    state = trainer.state
+    seconds += run.record["seconds"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    if trainer.args.device.type != "cpu":
+        peak = torch.accelerator.max_memory_allocated()
+    best = {"step": state.best_global_step, "metric": trainer.args.metric_for_best_model, "value": state.best_metric}
+    run.update(
+        step=state.global_step,
+        seconds=round(seconds, 3),
+        samples_per_second=round((state.epoch or 0) * len(corpus.train.rows) / seconds, 3),
+        peak_memory_bytes=peak,
+        best=best if state.best_global_step else None,
+    )
+
+
+def _stop_if_requested(run: Run, trainer: RecipeTrainer) -> None:
+    """After a requested stop the checkpoint is saved and the run unfinished: say so and leave."""
+    step = trainer.state.global_step
+    if not any(getattr(callback, "stopped", False) for callback in trainer.callback_handler.callbacks):
+        return
+    told = f"stopped at step {step} of {trainer.state.max_steps}, saved in {run.path / f'checkpoint-{step}'}; the same command resumes"
+    if trainer.args.process_index == 0:
+        run.end("interrupted", told)
+    trainer.accelerator.end_training()
+    raise Interrupted(told)
+
+
+def _record_evaluation(run: Run, trainer: RecipeTrainer) -> None:
+    """Evaluate the weights that will be saved, unless that was just done in training, and draw the curves."""
+    from scalepeft import report
+    from scalepeft.callbacks import MetricsLog
+
+    state = trainer.state
+    reloaded = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    saved_step = state.best_global_step if reloaded else state.global_step
+    if trainer.eval_dataset and saved_step not in trainer.evaluations:
+        if reloaded:
+            trainer.pop_callback(MetricsLog)  # these are an earlier step's figures
+        trainer.evaluate()
+        saved_step = state.global_step
+    if trainer.args.process_index != 0:
+        return
+    before = {name: found.get("before") for name, found in run.record["evaluation"].items()}
+    after = trainer.evaluations.get(saved_step, {})
+    run.update(evaluation={name: {"before": before.get(name), "after": found} for name, found in after.items()})
+    if after:
+        main = next(iter(after))
+        figures = [f for f in after[main] if f not in ("per_class", "confusion")]
+        pair = {when: run.record["evaluation"][main][when] for when in ("before", "after")}
+        run.update(metrics={when: {f: found[f] for f in figures} for when, found in pair.items() if found})
+    report.curves(run)
+
+
+def _save(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer) -> None:
+    """Save the weights beside and rename them into place, then what the verification needs; written in that order."""
+    import numpy as np
+
+    from scalepeft.verify import write_reference
+
+    name = "adapter" if recipe.adapter is not None else "model"
+    beside = run.path / f"{name}.part"
+    trainer.save_model(str(beside), _internal_call=True)
+    main = next(iter(corpus.evaluation), None)
+    rows = trainer.eval_dataset[main] if main else trainer.train_dataset
+    indices = np.unique(np.linspace(0, len(rows) - 1, num=32, dtype=np.int64))
+    reference = trainer.reference_logits(rows, indices)
+    if trainer.args.process_index != 0:
+        return
+    if recipe.adapter is not None:  # the base's configuration with the label names: the head of the adapter needs it
+        trainer.model.get_base_model().config.save_pretrained(beside)
+    if (run.path / name).exists():
+        shutil.rmtree(run.path / name)
+    beside.rename(run.path / name)
+    write_reference(run, reference, trainer)
+
+
+def _verify_in_place_of_this(run: Run) -> None:
+    """Become the verification: the training process is gone, and all its memory with it, before the base is loaded again."""
+    atexit._run_exitfuncs()  # trackers upload what they hold when a program ends; exec would skip that
+    sys.stdout.flush()
+    sys.stderr.flush()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER) or k == "ACCELERATE_USE_CPU"}
+    os.execve(sys.executable, [sys.executable, "-m", "scalepeft.verify", str(run.path)], environment)
+
+
+_LAUNCHER = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_", "GROUP_", "ROLE_", "MASTER_", "FSDP_", "DEEPSPEED_")
+"""Beginnings of the variables by which launchers tell a process its place among others."""
+
+
+if __name__ == "__main__":
+    sys.exit(program(main))

@@ -1,0 +1,223 @@
+"""Upstream's Trainer with this project's order of rows, its evaluation and its checkpoints."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate.data_loader import prepare_data_loader
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from scalepeft.checkpoint import load_state, publish, save_state
+from scalepeft.data import Prepared
+from scalepeft.run import Run
+from scalepeft.sampler import NO_ROW, StepBatches
+from scalepeft.tasks import IGNORED, SequenceClassification
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """Prepared rows by number; NO_ROW gives a row that counts nowhere."""
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self.rows = rows.select_columns([c for c in ("input_ids", "token_type_ids", "labels") if c in rows.column_names])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        columns = self.rows[[max(i, 0) for i in indices]]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        for row, index in zip(rows, indices, strict=True):
+            if index == NO_ROW:
+                row["labels"] = IGNORED
+        return rows
+
+
+class RecipeTrainer(Trainer):  # type: ignore[misc]
+    """Trains the same whatever the layout, evaluates every named set, and leaves no pickle behind.
+
+    `evaluations` holds, by step and set, the metrics, the per-class table and the confusion matrix.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: SequenceClassification,
+        run: Run,
+        train: Prepared,
+        evaluation: Mapping[str, Prepared],
+        callbacks: Sequence[TrainerCallback],
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            data_collator=task.collate,
+            processing_class=task.tokenizer,
+            train_dataset=Rows(train.rows),
+            eval_dataset={name: Rows(prepared.rows) for name, prepared in evaluation.items()} or None,
+            compute_loss_func=task.loss,
+            compute_metrics=self._compute_metrics,
+            preprocess_logits_for_metrics=task.reduce,
+            callbacks=list(callbacks),
+            **options,
+        )
+        self.remove_callback(PrinterCallback)  # callbacks.Progress speaks instead
+        self.remove_callback(ProgressCallback)
+        self.task, self.run = task, run
+        self.lengths = {None: train.lengths} | {name: prepared.lengths for name, prepared in evaluation.items()}
+        self.evaluations: dict[int, dict[str, dict[str, Any]]] = {}
+        self._details: dict[str, Any] = {}
+
+    def step_batches(self) -> StepBatches:
+        """The micro-batches of this process in training."""
+        args = self.args
+        return StepBatches(
+            self.lengths[None],
+            batch_size=self._train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            processes=args.world_size,
+            process=args.process_index,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            strategy=args.train_sampling_strategy,
+            drop_last=args.dataloader_drop_last,
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The training batches of this process, in the project's own order."""
+        return self._loader(self.train_dataset, self.step_batches())
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
+        """The batches of a named set, longest rows first: metrics do not depend on the order, padding does."""
+        assert isinstance(eval_dataset, str)
+        lengths = self.lengths[eval_dataset]
+        batches = StepBatches(
+            lengths,
+            batch_size=self.args.eval_batch_size,
+            processes=self.args.world_size,
+            process=self.args.process_index,
+            strategy="longest_first",
+            fill=self.args.world_size > 1,
+        )
+        return self._loader(self.eval_dataset[eval_dataset], batches)
+
+    def _loader(self, rows: Dataset[Any], batches: StepBatches) -> DataLoader[Any]:
+        args = self.args
+        loader = DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            # of its own: a loader draws from its generator at each start, and the global one seeds the dropout masks, which
+            # must not depend on how often a run is evaluated
+            generator=torch.Generator(),
+        )
+        # the batches are this process's own already: as a single process, accelerate only moves them to the device
+        return prepare_data_loader(
+            loader, device=self.accelerator.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
+        )
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate every named set: the main one under eval_*, the others under eval_NAME_*."""
+        assert eval_dataset is None, "the sets of the recipe are evaluated"
+        figures: dict[str, float] = {}
+        measured = self.evaluations[self.state.global_step] = {}
+        for index, name in enumerate(self.eval_dataset):
+            prefix = f"{metric_key_prefix}_{name}" if index else metric_key_prefix
+            found = super().evaluate(name, ignore_keys, prefix)
+            own = {k.removeprefix(f"{prefix}_"): v for k, v in found.items() if k.startswith(f"{prefix}_")}
+            measured[name] = {k: v for k, v in own.items() if not k.endswith(_SPEED)} | self._details
+            figures |= found
+        if self.state.global_step == 0 and self.args.process_index == 0:  # kept: a resumed run does not measure it again
+            self.run.update(evaluation={name: {"before": found} for name, found in measured.items()})
+        return figures
+
+    def _compute_metrics(self, predicted: EvalPrediction) -> dict[str, float]:
+        self._details = self.task.details(predicted.predictions, predicted.label_ids)
+        return self.task.metrics(predicted.predictions, predicted.label_ids)
+
+    # --- checkpoints: no pickles, published last ----------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # a pickle of all arguments, which nothing here reads
+            Path(output_dir or self.args.output_dir, "training_args.bin").unlink()
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # rotate after publishing, not before
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish(self.run.path / f"checkpoint-{self.state.global_step}", self.state.global_step)
+            rotate_checkpoints(str(self.run.path), limit, self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # sharded states have formats of their own
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            save_state(self.optimizer.state_dict(), Path(output_dir, "optimizer.safetensors"))
+            save_state(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.safetensors"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self.optimizer.load_state_dict(load_state(Path(checkpoint, "optimizer.safetensors")))
+        self.lr_scheduler.load_state_dict(load_state(Path(checkpoint, "scheduler.safetensors")))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if self.accelerator.scaler is not None and self.args.should_save:
+            save_state(self.accelerator.scaler.state_dict(), Path(output_dir, "scaler.safetensors"))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None and checkpoint is not None:
+            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint, "scaler.safetensors")))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        state: dict[str, Any] = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),  # noqa: NPY002  # the global generator that upstream draws from
+            "torch": torch.random.get_rng_state(),
+        }
+        if self.args.device.type != "cpu":
+            state["device"] = torch.get_device_module(self.args.device).get_rng_state()
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # another process may arrive before rank 0 made it
+        save_state(state, Path(output_dir, f"rng_state_{self.args.process_index}.safetensors"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        file = Path(checkpoint or "", f"rng_state_{self.args.process_index}.safetensors")
+        if not file.is_file():  # resumed on more processes than it was saved by: the new ones keep their seeds
+            return
+        state = load_state(file)
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002
+        torch.random.set_rng_state(state["torch"])
+        if "device" in state and self.args.device.type != "cpu":
+            torch.get_device_module(self.args.device).set_rng_state(state["device"])
+
+    def reference_logits(self, rows: Rows, indices: NDArray[np.integer]) -> dict[str, torch.Tensor]:
+        """The inputs of a few rows and the trained model's logits for them, without autocast, on the CPU."""
+        model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False).eval()
+        batch = self.data_collator(rows.__getitems__([int(i) for i in indices]))
+        batch.pop("labels")
+        with torch.inference_mode():
+            logits = model(**{k: v.to(self.args.device) for k, v in batch.items()}).logits
+        return {**batch, "logits": logits.float().cpu()}
+
+
+_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")

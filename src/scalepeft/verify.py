@@ -1,0 +1,162 @@
+"""Proof after every run: a fresh process reloads what was saved and must get the trained model's answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scalepeft.console import quiet_upstream, say
+from scalepeft.errors import RunFailed, UserError, program
+from scalepeft.run import VERIFICATION, Run
+
+if TYPE_CHECKING:
+    import torch
+
+    from scalepeft.trainer import RecipeTrainer
+
+_TOLERANCE = {"torch.float32": 1e-4, "torch.float16": 1e-2, "torch.bfloat16": 5e-2}
+"""Largest difference of logits by the base's dtype, relative to the largest logit (at least 1). On the device that trained,
+the same weights give the same bits; what is left is for kernels that choose other orders of summation."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m scalepeft.verify RUN`: what training becomes when it is done."""
+    if len(arguments) != 1:
+        raise UserError("usage: python -m scalepeft.verify RUN")
+    run = Run(Path(arguments[0]))
+    verify(run)
+    say(_closing(run))
+    return 0
+
+
+def write_reference(run: Run, reference: dict[str, torch.Tensor], trainer: RecipeTrainer) -> None:
+    """Keep the inputs and logits of a few rows, and the digest of each trained tensor as it is in memory.
+
+    Sharded engines hold no whole tensor to take a digest of; their runs are compared by logits alone.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    digests: dict[str, str] = {}
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        model = trainer.model
+        state = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+        digests = {name: _digest(tensor) for name, tensor in state.items()}
+    beside = run.path / f"{VERIFICATION}.part"
+    save_file({k: v.contiguous() for k, v in reference.items()}, beside, metadata={"digests": json.dumps(digests)})
+    beside.replace(run.path / VERIFICATION)
+
+
+def verify(run: Run) -> None:
+    """Complete a trained run, or fail it.
+
+    Reloads base and weights from disk and compares logits with those of the trained model; where the base does not fit
+    into memory, the saved tensors are compared with those that were trained. Raises RunFailed when they differ.
+    """
+    quiet_upstream()
+    found = _compare_logits(run) if _fits(run) else _compare_tensors(run)
+    if not found.pop("passed"):
+        reason = f"the saved weights do not answer as the trained model did ({_shown(found)})"
+        run.end("failed", reason, verification=found)
+        raise RunFailed(f"{run.path}: failed: {reason}")
+    run.end("complete", verification=found)
+
+
+def _compare_logits(run: Run) -> dict[str, Any]:
+    import torch
+    from safetensors.torch import load_file
+
+    from scalepeft import model
+
+    reference = load_file(run.path / VERIFICATION)
+    expected = reference.pop("logits")
+    trained = model.load(run)
+    with torch.inference_mode():
+        device = next(trained.parameters()).device
+        logits = trained(**{k: v.to(device) for k, v in reference.items()}).logits.float().cpu()
+    dtype = str(trained.config.dtype)
+    tolerance = _TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
+    difference = (logits - expected).abs().max().item()
+    return {
+        "method": "logits",
+        "rows": len(expected),
+        "max_difference": difference,
+        "tolerance": tolerance,
+        "dtype": dtype.removeprefix("torch."),
+        "passed": difference <= tolerance,  # false for NaN, too
+    }
+
+
+def _compare_tensors(run: Run) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(run.path / VERIFICATION, framework="pt") as file:
+        expected = json.loads(file.metadata()["digests"])
+    saved = {}
+    for path in sorted(run.weights.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            saved |= {name: _digest(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # not a dict
+    differing = [name for name in {**expected, **saved} if expected.get(name) != saved.get(name)]
+    return {
+        "method": "tensors",
+        "reason": "the base does not fit into memory",
+        "tensors": len(saved),
+        "differing": differing,
+        "passed": bool(saved) and not differing,
+    }
+
+
+def _fits(run: Run) -> bool:
+    """Whether the base can be loaded: its weight files, with a tenth to spare, against the memory that is free."""
+    import psutil
+    import torch
+
+    from scalepeft.fetch import asset_path
+
+    name = run.recipe().model.name_or_path
+    folder = asset_path(name) if name.startswith("fetched:") else Path(name).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, revision=run.recipe().model.revision, local_files_only=True))
+    needed = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    free = psutil.virtual_memory().available
+    if torch.cuda.is_available() and run.record["layout"]["device"] == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    return needed * 1.1 <= free
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    import torch
+
+    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _shown(found: dict[str, Any]) -> str:
+    if found["method"] == "tensors":
+        return f"{len(found['differing'])} of {found['tensors']} tensors differ; {found['reason']}"
+    return f"largest difference of {found['rows']} rows' logits {found['max_difference']:.2g}, allowed {found['tolerance']:.2g}"
+
+
+def _closing(run: Run) -> str:
+    from scalepeft.report import closing
+
+    record = run.record
+    return "\n".join(
+        [
+            closing(record),
+            "",
+            f"trained    {record['step']:,} steps in {record['seconds']:.0f} s ({record['samples_per_second']:.1f} rows/s), "
+            f"peak memory {record['peak_memory_bytes'] / 2**30:.2f} GiB",
+            f"verified   reloaded in a fresh process: {_shown(record['verification'])}",
+            f"saved      {run.weights}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(program(main))
