@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import string
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -96,7 +97,7 @@ def test_the_line_of_a_typo_is_its_line_in_the_file(tmp_path):
     for key, _ in keys(source):
         number = int(source.where(key).rpartition(":")[2])
         mistyped = lines.copy()
-        mistyped[number - 1] = mistyped[number - 1].replace(key[-1], f"{key[-1]}_", 1)
+        mistyped[number - 1] = re.sub(rf"\b{key[-1]}(?=:)", f"{key[-1]}_", mistyped[number - 1], count=1)
         file = tmp_path / "mistyped.yaml"
         file.write_text("\n".join(mistyped), encoding="utf-8")
         with pytest.raises(UserError) as refused:

@@ -90,9 +90,9 @@ def dump(values: Mapping[str, Any]) -> str:
 
 def flatten(values: object, prefix: str = "") -> dict[str, Any]:
     """Nested mappings and lists as one mapping with dotted keys."""
-    pairs: Any = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None
-    if not pairs:
+    if not isinstance(values, dict | list) or not values:
         return {prefix: values}
+    pairs: Any = values.items() if isinstance(values, dict) else enumerate(values)
     flat: dict[str, Any] = {}
     for key, value in pairs:
         flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
@@ -190,7 +190,7 @@ class _Reading:
     def value(self, node: yaml.Node, key: Key, around: tuple[yaml.Node, ...]) -> Any:
         where = self.at(node.start_mark)
         if any(node is outer for outer in around):
-            self.problems.append(f"{where}: {'.'.join(key)} is an alias of what it stands in")
+            self.problems.append(f"{self.lines.get(key, where)}: {'.'.join(key)} is an alias of what it stands in")
             return None
         self.lines.setdefault(key, where)
         if len(self.lines) > MOST_VALUES:

@@ -260,6 +260,8 @@ def inspect(recipe: Recipe) -> Literal["new", "unfinished", "trained", "complete
             f"{run.path}: holds a run of another recipe ({told}); give another training.output_dir, or move it aside with --fresh"
         )
     if any(k in _LENGTHENS for k in differences):
+        if run.last_checkpoint() is None:
+            raise UserError(f"{run.path}: holds no checkpoint to lengthen the run from; move it aside with --fresh to train anew")
         return "unfinished"
     if run.record.get("status") == "complete":
         return "complete"
