@@ -1,12 +1,19 @@
-"""What the tests share: caches of their own, a small tokenizer, the fetched assets."""
+"""What the tests share: caches of their own, a small tokenizer and model, rows that can be learned, the fetched assets."""
 
 from __future__ import annotations
 
 import atexit
+import csv
 import os
+import random
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Before any import of the Hub's libraries, which read their folders once.
 _CACHES = Path(tempfile.mkdtemp(prefix="scalepeft-tests-"))
@@ -18,6 +25,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "OMP_NUM_THREADS": "1",  # matrices of 32 columns: threads that wait for each other take twenty times as long
 }
 
 import pytest  # noqa: E402  # after the folders are set
@@ -64,3 +72,147 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **named
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_tokenizer, tmp_path_factory) -> Path:
+    """A checkpoint of a backbone with random weights and no head, and its tokenizer."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    config = BertConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.2,  # at the usual 0.02 a model this narrow hardly tells its inputs apart
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def toy_rows(count: int, seed: int) -> list[tuple[str, str]]:
+    """Texts of 2 to 60 words, labelled by the one of good and bad that stands among them."""
+    draw = random.Random(seed)  # noqa: S311  # rows, no secrets
+    filler = ["the", "plot", "is", "film", "but", "end", "a", "as", "this", "nothing"]
+    rows = []
+    for number in range(count):
+        word, label = [("bad", "negative"), ("good", "positive")][number % 2]
+        words = draw.choices(filler, k=draw.choice((1, 3, 8, 40)))
+        for _ in range(1 + len(words) // 2):
+            words.insert(draw.randrange(len(words) + 1), word)
+        rows.append((" ".join(words), label))
+    return rows
+
+
+def write_csv(path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] = ("text", "label")) -> Path:
+    """Rows as a csv file with a header."""
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([header, *rows])
+    return path
+
+
+def write_toy(folder: Path, model: Path, run: str = "run", **changes: Any) -> Path:
+    """A recipe RUN.yaml in a folder, for its subfolder RUN: the tiny model on 70 rows, evaluated on 30.
+
+    A change of a section is laid over it; None takes a section or a key away; an adapter of another type replaces it.
+    """
+    import yaml
+
+    for name, rows in (("train", toy_rows(70, seed=1)), ("test", toy_rows(30, seed=2))):
+        if not (folder / f"{name}.csv").exists():
+            write_csv(folder / f"{name}.csv", rows)
+    recipe: dict[str, Any] = {
+        "task": "sequence-classification",
+        "model": {"name_or_path": str(model)},
+        "adapter": {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"},
+        "data": {
+            "train": {"path": str(folder / "train.csv")},
+            "evaluation": {"test": {"path": str(folder / "test.csv")}},
+            "label_names": ["negative", "positive"],
+        },
+        "training": {
+            "output_dir": str(folder / run),
+            "learning_rate": 1e-2,
+            "num_train_epochs": 4,
+            "per_device_train_batch_size": 16,
+            "per_device_eval_batch_size": 32,
+            "logging_steps": 1,
+            "eval_on_start": True,
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "use_cpu": True,
+        },
+    }
+    for name, change in changes.items():
+        new = isinstance(change, dict) and bool({"peft_type", "name_or_path"} & set(change)) and name == "adapter"
+        old = {} if new else recipe.get(name)
+        recipe[name] = old | change if isinstance(old, dict) and isinstance(change, dict) else change
+        if isinstance(recipe[name], dict):
+            recipe[name] = {k: v for k, v in recipe[name].items() if v is not None}
+    file = folder / f"{run}.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def train_here(recipe: Path, *overrides: str, fresh: bool = False, verify: bool = True) -> Any:
+    """Train and verify in this process; returns the run. Other processes' worth of state is put back after it."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    from scalepeft import recipe as recipes
+    from scalepeft.train import train
+    from scalepeft.verify import verify as verified
+
+    before = dict(os.environ)
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    try:
+        run = train(recipes.load(recipe, overrides), fresh=fresh)
+        if verify and run.record["status"] != "complete":
+            verified(run)
+        return run
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture
+def toy(tmp_path, tiny_model) -> Callable[..., Path]:
+    """`write_toy` into this test's folder."""
+    return partial(write_toy, tmp_path, tiny_model)
+
+
+@pytest.fixture
+def train() -> Callable[..., Any]:
+    """`train_here`: train and verify a recipe in this process."""
+    return train_here
+
+
+@pytest.fixture(scope="session")
+def complete(tmp_path_factory, tiny_model) -> Any:
+    """A complete run of the toy recipe that tests may read and copy, not change."""
+    return train_here(write_toy(tmp_path_factory.mktemp("complete"), tiny_model))
+
+
+@pytest.fixture
+def command(tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `scalepeft ...` as a process of its own, in this test's folder."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "scalepeft", *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    return run

@@ -70,17 +70,20 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         """Show loss and metrics beside the bar, or on a line of their own where there is no terminal."""
-        shown = {k: f"{v:.4g}" for k, v in (logs or {}).items() if k in _SHOWN or k.startswith("eval_") and k.endswith(_SCORES)}
+        shown = {
+            k: f"{v:.4g}" for k, v in (logs or {}).items() if k in _SHOWN or (k.startswith("eval_") and k.endswith(_SCORES))
+        }
         if not state.is_world_process_zero or not shown:
             return
         if self.training_bar is not None:
-            self.latest |= shown
+            self.latest |= {k: v for k, v in shown.items() if k in _BESIDE_BAR}
             self.training_bar.set_postfix(self.latest)
         elif not sys.stderr.isatty():
             note(f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
 
 
 _SCORES = ("_loss", "_accuracy", "_f1_macro")
+_BESIDE_BAR = ("loss", "eval_loss", "eval_accuracy")
 _SHOWN = ("loss", "learning_rate", "grad_norm")
 
 
@@ -96,15 +99,14 @@ class StopRequest(TrainerCallback):  # type: ignore[misc]
         self.interrupts = 0
         self.at_once = at_once
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> None:
         self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  # the signature of a handler
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if number != signal.SIGINT:
             return

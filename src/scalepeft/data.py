@@ -80,8 +80,8 @@ class Prepared:
         return self._column("labels")
 
     def _column(self, name: str) -> Integers:
-        whole = self.rows.data.column(name).to_numpy().astype(np.int64)
-        chosen = self.rows._indices  # noqa: SLF001  # the public way takes a second for 100,000 chosen rows
+        whole: Integers = self.rows.data.column(name).to_numpy().astype(np.int64)
+        chosen: pa.Table | None = self.rows._indices  # noqa: SLF001  # the public way takes a second for 100,000 chosen rows
         return whole if chosen is None else whole[chosen.column(0).to_numpy()]
 
 
@@ -96,6 +96,11 @@ class Corpus:
     """The names of labels 0, 1, ..."""
     revisions: Mapping[str, str]
     """By the path of each source: the commit of a Hub id, the sha256 of a file."""
+
+    @property
+    def sets(self) -> dict[str, Prepared]:
+        """The training rows under the name `train`, when they were asked for, and the evaluation sets."""
+        return ({"train": self.train} if self.train else {}) | dict(self.evaluation)
 
 
 def prepare(

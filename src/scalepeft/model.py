@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
@@ -26,7 +26,7 @@ from scalepeft.fetch import asset_path
 from scalepeft.recipe import Recipe
 from scalepeft.run import RECORD, Run
 
-Trained = PreTrainedModel | PeftModel
+Trained: TypeAlias = PreTrainedModel | PeftModel
 
 if not sys.stderr.isatty():
     upstream_logging.disable_progress_bar()  # of loading weights: a bar in a log file is noise
@@ -66,7 +66,7 @@ def build(recipe: Recipe, labels: Sequence[str]) -> tuple[Trained, list[str]]:
             path = adapter_path(str(options["name_or_path"]))
             return PeftModel.from_pretrained(base, path, revision=options.get("revision"), is_trainable=True), new
     with _upstream_errors(recipe, "adapter"):
-        given = {"task_type": TaskType.SEQ_CLS} | {k: v for k, v in options.items() if k != "peft_type"}
+        given = {"task_type": TaskType.SEQ_CLS, **{k: v for k, v in options.items() if k != "peft_type"}}
         model = get_peft_model(base, PEFT_TYPE_TO_CONFIG_MAPPING[options["peft_type"]](**given))
     model.peft_config["default"].revision = recipe.model.revision
     return model, new
@@ -130,13 +130,19 @@ def _load_base(recipe: Recipe, labels: Sequence[str]) -> tuple[PreTrainedModel, 
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             *_base(recipe), config=config, output_loading_info=True, **options, **_source(recipe)
         )
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights at their first evaluation on a CPU with AVX512-BF16: training then crashes or goes
+        # on with other weights than were evaluated, and logits become bf16
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     new = sorted(loading["missing_keys"])
     prefix = f"{model.base_model_prefix}."
     # a pooler belongs to the backbone by name and to the task by training: masked language models come without one
     lost = [name for name in new if name.startswith(prefix) and "pooler" not in name]
     if lost:
         shown = ", ".join(lost[:3])
-        raise recipe.error("model.name_or_path", f"the checkpoint lacks {len(lost)} weights of the {config.model_type} backbone ({shown}, ...)")
+        told = f"the checkpoint lacks {len(lost)} weights of the {config.model_type} backbone ({shown}, ...)"
+        raise recipe.error("model.name_or_path", told)
     return model, new
 
 
@@ -145,7 +151,8 @@ def _config(recipe: Recipe, labels: Sequence[str] | None) -> Any:
         config = AutoConfig.from_pretrained(*_base(recipe), **_source(recipe))
     for key, value in recipe.model.config.items():
         if not hasattr(config, key):
-            raise recipe.error(f"model.config.{key}", f"{type(config).__name__} has no {key!r}{did_you_mean(key, config.to_dict())}")
+            told = f"{type(config).__name__} has no {key!r}{did_you_mean(key, config.to_dict())}"
+            raise recipe.error(f"model.config.{key}", told)
         setattr(config, key, value)
     if labels is not None:
         config.id2label = dict(enumerate(labels))
@@ -164,7 +171,7 @@ def _quantization(recipe: Recipe, config: Any) -> BitsAndBytesConfig:
         skeleton = AutoModelForSequenceClassification.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
     heads = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
     with _upstream_errors(recipe, "quantization"):
-        return BitsAndBytesConfig(**{"llm_int8_skip_modules": heads} | options)
+        return BitsAndBytesConfig(**{"llm_int8_skip_modules": heads, **options})
 
 
 def _checkpoints_activations(recipe: Recipe) -> bool:
@@ -173,7 +180,9 @@ def _checkpoints_activations(recipe: Recipe) -> bool:
 
 def _base(recipe: Recipe) -> tuple[str]:
     name = recipe.model.name_or_path
-    return (str(asset_path(name)) if name.startswith("fetched:") else str(Path(name).expanduser()) if name.startswith("~") else name,)
+    if name.startswith("fetched:"):
+        name = str(asset_path(name))
+    return (str(Path(name).expanduser()) if name.startswith("~") else name,)
 
 
 def _source(recipe: Recipe) -> dict[str, Any]:

@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 
 def evaluate_main(arguments: Sequence[str]) -> int:
     """`scalepeft evaluate RUN [data.key=value ...] [--output FILE]`."""
-    parser = argparse.ArgumentParser(prog="scalepeft evaluate", description="Evaluate a complete run on its named sets, or on others.")
+    parser = argparse.ArgumentParser(prog="scalepeft evaluate", description="Evaluate a complete run on named sets.")
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="e.g. data.evaluation.new.path=new.csv")
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this new file")
     options = parser.parse_intermixed_args(arguments)
     foreign = [o for o in options.overrides if not o.startswith(("data.", "training.per_device_eval_batch_size="))]
     if foreign:
-        raise UserError(f"command line: {foreign[0]!r}: of a trained run only data.* and training.per_device_eval_batch_size may change")
+        told = "of a trained run only data.* and training.per_device_eval_batch_size may change"
+        raise UserError(f"command line: {foreign[0]!r}: {told}")
     _refuse_existing(options.output)
     found = evaluate(_complete(options.run), options.overrides)
     if options.output:
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     """`scalepeft predict RUN --data FILE --output predictions.csv`."""
     parser = argparse.ArgumentParser(prog="scalepeft predict", description="Label the rows of a file with a complete run.")
     parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("--data", type=Path, required=True, help="csv, tsv, json, jsonl or parquet file with the recipe's text columns")
+    parser.add_argument("--data", type=Path, required=True, help="a file with the recipe's text columns")
     parser.add_argument("--output", type=Path, required=True, help="the csv file to write; it must not exist")
     options = parser.parse_args(arguments)
     _refuse_existing(options.output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -137,7 +137,18 @@ class MetricsLine:
     """Loss on the main evaluation set; other eval_* are its other metrics, eval_NAME_* those of the set NAME."""
 
 
-_OBSERVES = ("logging_", "log_", "eval_", "save_", "report_to", "run_name", "disable_tqdm", "dataloader_", "hub_", "push_to_hub")
+_OBSERVES = (
+    "logging_",
+    "log_",
+    "eval_",
+    "save_",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "dataloader_",
+    "hub_",
+    "push_to_hub",
+)
 """Beginnings of training keys that change what is seen of a run, not the run."""
 _LENGTHENS = ("training.num_train_epochs", "training.max_steps")
 _PACKAGES = (
@@ -261,7 +272,9 @@ def inspect(recipe: Recipe) -> Literal["new", "unfinished", "trained", "complete
         )
     if any(k in _LENGTHENS for k in differences):
         if run.last_checkpoint() is None:
-            raise UserError(f"{run.path}: holds no checkpoint to lengthen the run from; move it aside with --fresh to train anew")
+            raise UserError(
+                f"{run.path}: holds no checkpoint to lengthen the run from; move it aside with --fresh to train anew"
+            )
         return "unfinished"
     if run.record.get("status") == "complete":
         return "complete"
@@ -295,7 +308,7 @@ def write(path: Path, text: str) -> None:
 
 def now() -> str:
     """The time, ISO 8601 with time zone, to the second."""
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return dt.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
+from scalepeft.labels import UNLABELLED
+
+IGNORED = UNLABELLED
 """The label of a row that counts neither in the loss nor in a metric (torch's ignore_index)."""
 
 

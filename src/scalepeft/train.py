@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.console import quiet_upstream, say, speaks
-from scalepeft.errors import Interrupted, ScalepeftError, UserError, disk_full, one_line, program
+from scalepeft.errors import Interrupted, one_line, program
 from scalepeft.fetch import missing_inputs
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import TrainingArguments
 
     from scalepeft.data import Corpus, Prepared
     from scalepeft.trainer import RecipeTrainer
@@ -61,6 +59,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
     from transformers import set_seed
 
     from scalepeft import data, model
+    from scalepeft.session import session
     from scalepeft.tasks import TASKS
     from scalepeft.trainer import RecipeTrainer
 
@@ -70,10 +69,8 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
     set_seed(arguments.seed)
     built, new = model.build(recipe, corpus.label_names)
     task = TASKS[recipe.task](tokenizer, corpus.label_names, label_smoothing=arguments.label_smoothing_factor)
-    with _session(recipe, run, corpus, arguments, fresh=fresh) as (checkpoint, callbacks):
-        trainer = RecipeTrainer(
-            model=built, args=arguments, task=task, run=run, train=corpus.train, evaluation=corpus.evaluation, callbacks=callbacks
-        )
+    with session(recipe, run, corpus, arguments, fresh=fresh) as (checkpoint, callbacks):
+        trainer = RecipeTrainer(model=built, args=arguments, task=task, run=run, corpus=corpus, callbacks=callbacks)
         _describe(recipe, run, corpus, trainer, new)
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -97,7 +94,7 @@ def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
         "label_names": ["labels"],
         "restore_callback_states_from_checkpoint": recipe.early_stopping is not None,
     }
-    given |= recipe.training | {"output_dir": str(run.path)}
+    given |= {**recipe.training, "output_dir": str(run.path)}
     if run.record.get("evaluation"):  # a resumed run was evaluated before its first step already
         given["eval_on_start"] = False
     # read where neither bf16 nor fp16 is set: a launch file's mixed_precision would slip in
@@ -106,7 +103,8 @@ def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
         arguments = TrainingArguments(**given)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise recipe.error("training", one_line(error)) from error
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one device; DataParallel would multiply the batch
+    # one process drives one device: upstream would start DataParallel, which multiplies the batch, and has no option against it
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001
     if recipe.global_batch_size is not None:
         together = arguments.per_device_train_batch_size * arguments.world_size
         if recipe.global_batch_size % together:
@@ -116,97 +114,6 @@ def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
     return arguments
 
 
-@contextlib.contextmanager
-def _session(
-    recipe: Recipe, run: Run, corpus: Corpus, arguments: TrainingArguments, *, fresh: bool
-) -> Iterator[tuple[Path | None, list[TrainerCallback]]]:
-    """Open the run directory, give the checkpoint to resume from and the callbacks, and record how the session ends."""
-    from accelerate import PartialState
-    from filelock import FileLock, Timeout
-    from transformers import EarlyStoppingCallback
-
-    from scalepeft.callbacks import MetricsLog, Progress, StopRequest
-
-    first = arguments.process_index == 0
-    lock = FileLock(run.path / runs.LOCK)
-    if first:
-        try:
-            if fresh and run.path.exists():
-                say(f"{run.path}: moved aside to {run.move_aside()}")
-            run.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{run.path}: another process is training there") from None
-        except OSError as error:
-            raise recipe.error("training.output_dir", f"{run.path} cannot be written: {error.strerror}") from None
-        _open(recipe, run, corpus)
-    PartialState().wait_for_everyone()
-    stop = StopRequest(lambda: first and run.end("interrupted", "stopped at once; the same command resumes"))
-    callbacks = [Progress(), *([MetricsLog(run)] if first else []), stop]
-    if recipe.early_stopping is not None:
-        callbacks.append(EarlyStoppingCallback(**recipe.early_stopping))
-    try:
-        with stop:
-            yield run.last_checkpoint(), callbacks
-    except ScalepeftError:
-        raise
-    except Exception as error:
-        mendable = _mendable(run, error)
-        if first:
-            with contextlib.suppress(OSError):  # on a full disk even this may fail; the old record then stays
-                run.end("failed", str(mendable) if mendable else f"{type(error).__name__}: {one_line(error)}")
-        if mendable:
-            raise mendable from error
-        raise
-    finally:
-        lock.release()
-
-
-def _open(recipe: Recipe, run: Run, corpus: Corpus) -> None:
-    keys = {name: prepared.key for name, prepared in _sets(corpus).items()}
-    if not run.record:
-        run.create(recipe)
-    elif run.record["data"] and run.record["data"]["keys"] != keys:
-        changed = [name for name in keys if keys[name] != run.record["data"]["keys"].get(name)]
-        raise UserError(
-            f"{run.path}: the rows of {', '.join(changed)} are no longer those the run was started with; restore them, or use --fresh"
-        )
-    for torn in run.unpublished():
-        shutil.rmtree(torn)
-    (run.path / runs.VERIFICATION).unlink(missing_ok=True)
-    checkpoint = run.last_checkpoint()
-    run.forget_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
-    runs.write(run.path / runs.RESOLVED, recipes.dump(recipe.resolved()))
-    run.update(
-        status="running",
-        reason=None,
-        ended=None,
-        labels=corpus.label_names,
-        revisions=corpus.revisions,
-        data={
-            "keys": keys,
-            "rows": {name: len(prepared.rows) for name, prepared in _sets(corpus).items()},
-            "dropped": {name: prepared.dropped for name, prepared in _sets(corpus).items()},
-        },
-    )
-
-
-def _mendable(run: Run, error: Exception) -> UserError | None:
-    """A foreign exception that the user can mend, as an error that says what was kept and what to do."""
-    import torch
-
-    checkpoint = run.last_checkpoint()
-    kept = f"kept: {checkpoint}" if checkpoint else "nothing was saved yet"
-    if disk_full(error):
-        for torn in run.unpublished():
-            shutil.rmtree(torn, ignore_errors=True)
-        return UserError(f"{run.path}: the disk is full; {kept}. Free space and give the same command again")
-    if isinstance(error, torch.OutOfMemoryError):
-        told = "lower training.per_device_train_batch_size (global_batch_size keeps the product), or set activation_checkpointing"
-        return UserError(f"{run.path}: out of device memory; {kept}. To fit: {told}")
-    return None
-
-
 def _describe(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, new: Sequence[str]) -> None:
     """Record the layout and the parameters, and print the start panel."""
     import torch
@@ -214,13 +121,14 @@ def _describe(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, 
     from scalepeft import model, report
 
     args, batches, counts = trainer.args, trainer.step_batches(), model.parameters(trainer.model)
-    precision = {"no": str(next(trainer.model.parameters()).dtype).removeprefix("torch.")}.get(args.mixed_precision, args.mixed_precision)
+    dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+    precision = dtype if args.mixed_precision == "no" else f"{args.mixed_precision} over {dtype}"
     layout = {
         "processes": args.world_size,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "global_batch_size": batches.global_batch,
-        "engine": str(trainer.accelerator.distributed_type.value),
+        "engine": trainer.accelerator.distributed_type.value,
         "device": args.device.type,
         "threads": torch.get_num_threads(),
         "precision": precision,
@@ -229,30 +137,25 @@ def _describe(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, 
     per_epoch = -(-len(batches) // args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * per_epoch)
     if args.process_index == 0:
-        run.update(layout=layout, parameters=counts, max_steps=steps, revisions=corpus.revisions | _revision(recipe, trainer))
-    kind = (recipe.adapter or {}).get("peft_type", "continued adapter") if recipe.adapter else "full fine-tuning"
-    heads = sorted({name.rpartition(".")[0] for name in new})
-    inner = trainer.model.get_base_model() if recipe.adapter else trainer.model
-    say(
-        report.panel(
-            f"{recipe.name} -> {run.path}",
-            {
-                "model": f"{recipe.model.name_or_path} ({type(inner).__name__}"
-                + (f"; new: {', '.join(heads)})" if heads else ")"),
-                "adapter": f"{kind}: {counts['trainable']:,} of {counts['total']:,} parameters trained"
-                f" ({counts['trainable'] / counts['total']:.4%})",
-                "data": " · ".join(_rows(name, prepared) for name, prepared in _sets(corpus).items()),
-                "steps": f"{steps:,} of {batches.global_batch} rows = {args.per_device_train_batch_size} x "
-                f"{args.gradient_accumulation_steps} accumulated x {args.world_size} process{'es' * (args.world_size > 1)}; {per_epoch:,} an epoch",
-                "padding": f"{batches.padding_waste():.1%} of the tokens",
-                "layout": f"{layout['engine'].lower().replace('no', 'single process')} · {layout['device']} · {precision} · {layout['threads']} threads",
-            },
+        run.update(
+            layout=layout, parameters=counts, max_steps=steps, revisions={**corpus.revisions, **_revision(recipe, trainer)}
         )
-    )
-
-
-def _sets(corpus: Corpus) -> dict[str, Prepared]:
-    return {"train": corpus.train, **corpus.evaluation}
+    kind = "full fine-tuning" if recipe.adapter is None else recipe.adapter.get("peft_type", "continued adapter")
+    backbone = trainer.model.get_base_model() if recipe.adapter is not None else trainer.model
+    heads = sorted({name.rpartition(".")[0] for name in new})
+    engine = f" ({layout['engine']})" if args.world_size > 1 else ""
+    processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
+    batch = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x {processes}"
+    lines = {
+        "model": f"{recipe.model.name_or_path} ({type(backbone).__name__}{'; new: ' if heads else ''}{', '.join(heads)})",
+        "adapter": f"{kind}: {counts['trainable']:,} of {counts['total']:,} parameters trained"
+        f" ({counts['trainable'] / counts['total']:.4%})",
+        "data": " · ".join(_rows(name, prepared) for name, prepared in corpus.sets.items()),
+        "steps": f"{steps:,} of {batches.global_batch} rows ({batch}); {per_epoch:,} an epoch",
+        "padding": f"{batches.padding_waste():.1%} of the tokens",
+        "layout": f"{processes}{engine} · {layout['device']} · {precision} · {layout['threads']} thread{'s' if layout['threads'] > 1 else ''} a process",
+    }
+    say(report.panel(f"{recipe.name} -> {run.path}", lines))
 
 
 def _rows(name: str, prepared: Prepared) -> str:
@@ -281,7 +184,7 @@ def _record_training(run: Run, corpus: Corpus, trainer: RecipeTrainer, seconds: 
     run.update(
         step=state.global_step,
         seconds=round(seconds, 3),
-        samples_per_second=round((state.epoch or 0) * len(corpus.train.rows) / seconds, 3),
+        samples_per_second=round((state.epoch or 0) * len(corpus.sets["train"].rows) / seconds, 3),
         peak_memory_bytes=peak,
         best=best if state.best_global_step else None,
     )
@@ -292,7 +195,8 @@ def _stop_if_requested(run: Run, trainer: RecipeTrainer) -> None:
     step = trainer.state.global_step
     if not any(getattr(callback, "stopped", False) for callback in trainer.callback_handler.callbacks):
         return
-    told = f"stopped at step {step} of {trainer.state.max_steps}, saved in {run.path / f'checkpoint-{step}'}; the same command resumes"
+    saved = run.path / f"checkpoint-{step}"
+    told = f"stopped at step {step} of {trainer.state.max_steps}, saved in {saved}; the same command resumes"
     if trainer.args.process_index == 0:
         run.end("interrupted", told)
     trainer.accelerator.end_training()
@@ -350,11 +254,13 @@ def _save(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer) -> N
 
 def _verify_in_place_of_this(run: Run) -> None:
     """Become the verification: the training process is gone, and all its memory with it, before the base is loaded again."""
-    atexit._run_exitfuncs()  # trackers upload what they hold when a program ends; exec would skip that
+    atexit._run_exitfuncs()  # noqa: SLF001  # trackers upload what they hold at exit, which exec skips
     sys.stdout.flush()
     sys.stderr.flush()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER) or k == "ACCELERATE_USE_CPU"}
-    os.execve(sys.executable, [sys.executable, "-m", "scalepeft.verify", str(run.path)], environment)
+    os.execve(  # noqa: S606  # our own program, by its full path
+        sys.executable, [sys.executable, "-m", "scalepeft.verify", str(run.path)], environment
+    )
 
 
 _LAUNCHER = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_", "GROUP_", "ROLE_", "MASTER_", "FSDP_", "DEEPSPEED_")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trai
 from transformers.trainer_utils import rotate_checkpoints
 
 from scalepeft.checkpoint import load_state, publish, save_state
-from scalepeft.data import Prepared
+from scalepeft.data import Corpus
 from scalepeft.run import Run
 from scalepeft.sampler import NO_ROW, StepBatches
 from scalepeft.tasks import IGNORED, SequenceClassification
@@ -55,16 +55,15 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         *,
         task: SequenceClassification,
         run: Run,
-        train: Prepared,
-        evaluation: Mapping[str, Prepared],
+        corpus: Corpus,
         callbacks: Sequence[TrainerCallback],
         **options: Any,
     ) -> None:
         super().__init__(
             data_collator=task.collate,
             processing_class=task.tokenizer,
-            train_dataset=Rows(train.rows),
-            eval_dataset={name: Rows(prepared.rows) for name, prepared in evaluation.items()} or None,
+            train_dataset=Rows(corpus.sets["train"].rows),
+            eval_dataset={name: Rows(prepared.rows) for name, prepared in corpus.evaluation.items()} or None,
             compute_loss_func=task.loss,
             compute_metrics=self._compute_metrics,
             preprocess_logits_for_metrics=task.reduce,
@@ -74,7 +73,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)  # callbacks.Progress speaks instead
         self.remove_callback(ProgressCallback)
         self.task, self.run = task, run
-        self.lengths = {None: train.lengths} | {name: prepared.lengths for name, prepared in evaluation.items()}
+        self.lengths = {name: prepared.lengths for name, prepared in corpus.sets.items()}
         self.evaluations: dict[int, dict[str, dict[str, Any]]] = {}
         self._details: dict[str, Any] = {}
 
@@ -82,7 +81,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         """The micro-batches of this process in training."""
         args = self.args
         return StepBatches(
-            self.lengths[None],
+            self.lengths["train"],
             batch_size=self._train_batch_size,
             accumulation=args.gradient_accumulation_steps,
             processes=args.world_size,
@@ -125,9 +124,10 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
             generator=torch.Generator(),
         )
         # the batches are this process's own already: as a single process, accelerate only moves them to the device
-        return prepare_data_loader(
+        prepared: DataLoader[Any] = prepare_data_loader(
             loader, device=self.accelerator.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
         )
+        return prepared
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

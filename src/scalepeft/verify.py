@@ -96,7 +96,7 @@ def _compare_tensors(run: Run) -> dict[str, Any]:
 
     with safe_open(run.path / VERIFICATION, framework="pt") as file:
         expected = json.loads(file.metadata()["digests"])
-    saved = {}
+    saved: dict[str, str] = {}
     for path in sorted(run.weights.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             saved |= {name: _digest(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # not a dict
@@ -127,7 +127,7 @@ def _fits(run: Run) -> bool:
     free = psutil.virtual_memory().available
     if torch.cuda.is_available() and run.record["layout"]["device"] == "cuda":
         free = torch.cuda.mem_get_info()[0]
-    return needed * 1.1 <= free
+    return bool(needed * 1.1 <= free)
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -150,8 +150,8 @@ def _closing(run: Run) -> str:
         [
             closing(record),
             "",
-            f"trained    {record['step']:,} steps in {record['seconds']:.0f} s ({record['samples_per_second']:.1f} rows/s), "
-            f"peak memory {record['peak_memory_bytes'] / 2**30:.2f} GiB",
+            f"trained    {record['step']:,} steps in {record['seconds']:.0f} s, {record['samples_per_second']:.1f} rows/s",
+            f"memory     {record['peak_memory_bytes'] / 2**30:.2f} GiB at the peak",
             f"verified   reloaded in a fresh process: {_shown(record['verification'])}",
             f"saved      {run.weights}",
         ]
