@@ -25,6 +25,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",  # as console.quiet_upstream sets it, too late for what the fixtures import
     "OMP_NUM_THREADS": "1",  # matrices of 32 columns: threads that wait for each other take twenty times as long
 }
 
@@ -118,7 +119,7 @@ def write_csv(path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] =
     return path
 
 
-def write_toy(folder: Path, model: Path, run: str = "run", **changes: Any) -> Path:
+def write_toy(folder: Path, base: Path, run: str = "run", /, **changes: Any) -> Path:
     """A recipe RUN.yaml in a folder, for its subfolder RUN: the tiny model on 70 rows, evaluated on 30.
 
     A change of a section is laid over it; None takes a section or a key away; an adapter of another type replaces it.
@@ -130,7 +131,7 @@ def write_toy(folder: Path, model: Path, run: str = "run", **changes: Any) -> Pa
             write_csv(folder / f"{name}.csv", rows)
     recipe: dict[str, Any] = {
         "task": "sequence-classification",
-        "model": {"name_or_path": str(model)},
+        "model": {"name_or_path": str(base)},
         "adapter": {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"},
         "data": {
             "train": {"path": str(folder / "train.csv")},

@@ -210,6 +210,6 @@ def _explained(recipe: Recipe, key: str, error: Exception) -> str:
         return f"{name!r} is not in the cache ({HF_HUB_CACHE}) and the Hub cannot be reached; fetch it where there is a network"
     if "is not a local folder and is not a valid model identifier" in text:
         return f"{name!r} is neither a folder nor a model of the Hub that this token may read"
-    if "Target modules" in text and "not found" in text:
+    if ("Target modules" in text and "not found" in text) or "No modules were targeted" in text:
         return f"target_modules {(recipe.adapter or {}).get('target_modules')!r} match no module of {recipe.model.name_or_path}"
     return text if len(text) < 300 else f"{text[:300]}..."

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from scalepeft import run as runs
 from scalepeft.console import quiet_upstream, say, table
 from scalepeft.errors import UserError
+from scalepeft.fetch import offline_if_unreachable
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
 
@@ -66,6 +67,7 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any
     """Each named set's metrics, per-class table and confusion matrix, by the run's saved weights."""
     labels = run.record["labels"]
     recipe = run.recipe(list(overrides))
+    offline_if_unreachable(recipe)
     quiet_upstream()
     import numpy as np
 
@@ -89,6 +91,7 @@ def predict(run: Run, file: Path, output: Path) -> int:
     """Write label, name and probabilities of each row of a file as csv, in the file's order; return the number of rows."""
     labels = run.record["labels"]
     recipe = run.recipe()
+    offline_if_unreachable(recipe)
     quiet_upstream()
     import numpy as np
 

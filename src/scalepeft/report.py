@@ -62,13 +62,14 @@ def _draw(lines: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, ti
     figure = Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     loss, scores = figure.subplots(1, 2)
-    loss.plot(*series("loss"), label="training", color="tab:blue", linewidth=1.2)
+    loss.plot(*series("loss"), label="training", color="tab:blue", alpha=0.7, linewidth=1)
     for key in sorted({k for line in lines for k in line if k.startswith("eval_")}):
         name = key.removeprefix("eval_")
         axis = loss if name.endswith("loss") else scores if name.endswith(("accuracy", "f1_macro")) else None
         if axis is not None:
             label = f"evaluation {name.removesuffix('loss').strip('_')}".strip() if axis is loss else name.replace("_", " ")
-            axis.plot(*series(key), marker="o", markersize=4, linewidth=1.2, label=label)
+            color = "tab:orange" if key == "eval_loss" else None
+            axis.plot(*series(key), marker="o", markersize=3.5, linewidth=1.4, label=label, color=color)
     for axis, label in ((loss, "loss (nats)"), (scores, "score")):
         axis.set(xlabel="step", ylabel=label)
         axis.grid(visible=True, alpha=0.3)
@@ -76,6 +77,6 @@ def _draw(lines: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, ti
             axis.axvline(best["step"], color="0.5", linestyle=":", label=f"best: step {best['step']}")
         if axis.lines:
             axis.legend(frameon=False, fontsize="small")
-    scores.set_ylim(0, 1)
+    loss.set_ylim(bottom=0)
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path)

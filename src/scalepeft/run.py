@@ -267,9 +267,8 @@ def inspect(recipe: Recipe) -> Literal["new", "unfinished", "trained", "complete
     refused = {k: pair for k, pair in differences.items() if not _may_change(k, *pair)}
     if refused:
         told = "; ".join(f"{k}: {was!r} -> {now!r}" for k, (was, now) in refused.items())
-        raise UserError(
-            f"{run.path}: holds a run of another recipe ({told}); give another training.output_dir, or move it aside with --fresh"
-        )
+        hint = "give another training.output_dir, or move it aside with --fresh"
+        raise UserError(f"{run.path}: holds a run of another recipe ({told}); {hint}")
     if any(k in _LENGTHENS for k in differences):
         if run.last_checkpoint() is None:
             raise UserError(

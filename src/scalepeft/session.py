@@ -8,34 +8,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from filelock import FileLock, Timeout
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
-from scalepeft.callbacks import MetricsLog, Progress, StopRequest
+from scalepeft.callbacks import MetricsLog, StopRequest
 from scalepeft.console import say
 from scalepeft.data import Corpus
-from scalepeft.errors import ScalepeftError, UserError, disk_full, one_line
+from scalepeft.errors import Interrupted, UserError, disk_full, one_line
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
+from scalepeft.trainer import RecipeTrainer
 
 
 @contextlib.contextmanager
-def session(
-    recipe: Recipe, run: Run, corpus: Corpus, arguments: TrainingArguments, *, fresh: bool
-) -> Iterator[tuple[Path | None, list[TrainerCallback]]]:
-    """Open the run directory; yield the checkpoint to resume from and the callbacks; record how the session ends.
+def session(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, *, fresh: bool) -> Iterator[Path | None]:
+    """Open the run directory, yield the checkpoint to resume from, and record how the session ends.
 
     The directory is made here, after all that could have been wrong with the recipe, and held by a lock until the end.
-    Raises UserError for an error inside that the user can mend (a full disk, no device memory), saying what was kept.
+    Raises UserError for an error inside that the user can mend (a full disk, no device memory), saying what was kept, and
+    Interrupted after a requested stop.
     """
-    first = arguments.process_index == 0
+    first = trainer.args.process_index == 0
     lock = FileLock(run.path / runs.LOCK)
     if first:
         try:
-            if fresh and run.path.exists():
+            if fresh and run.record:
                 say(f"{run.path}: moved aside to {run.move_aside()}")
             run.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
@@ -44,25 +42,24 @@ def session(
         except OSError as error:
             raise recipe.error("training.output_dir", f"{run.path} cannot be written: {error.strerror}") from None
         _open(recipe, run, corpus)
-    PartialState().wait_for_everyone()
+        trainer.add_callback(MetricsLog(run))
+    trainer.accelerator.wait_for_everyone()
 
     def leave_at_once() -> None:
         if first:
             run.end("interrupted", "stopped at once; the same command resumes")
 
     stop = StopRequest(leave_at_once)
-    callbacks: list[TrainerCallback] = [Progress(), stop]
-    if first:
-        callbacks.append(MetricsLog(run))
-    if recipe.early_stopping is not None:
-        callbacks.append(EarlyStoppingCallback(**recipe.early_stopping))
+    trainer.add_callback(stop)
     try:
         with stop:
-            yield run.last_checkpoint(), callbacks
-    except ScalepeftError:
+            yield run.last_checkpoint()
+    except Interrupted as error:
+        if first:
+            run.end("interrupted", str(error))
         raise
     except Exception as error:
-        mendable = _mendable(run, error)
+        mendable = error if isinstance(error, UserError) else _mendable(run, error)
         if first:
             with contextlib.suppress(OSError):  # on a full disk even this may fail; the old record then stays
                 run.end("failed", str(mendable) if mendable else f"{type(error).__name__}: {one_line(error)}")

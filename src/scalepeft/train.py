@@ -10,15 +10,16 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.console import quiet_upstream, say, speaks
-from scalepeft.errors import Interrupted, one_line, program
-from scalepeft.fetch import missing_inputs
+from scalepeft.errors import Interrupted, did_you_mean, one_line, program
+from scalepeft.fetch import missing_inputs, offline_if_unreachable
 from scalepeft.recipe import Recipe
-from scalepeft.run import Run
+from scalepeft.run import Run, SetMetrics
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -54,6 +55,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
     if state in ("complete", "trained"):
         return run
     missing_inputs(recipe)
+    offline_if_unreachable(recipe)
     quiet_upstream()
 
     from transformers import set_seed
@@ -65,12 +67,15 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
 
     tokenizer = model.tokenizer(recipe)
     corpus = data.prepare(recipe, tokenizer, limit=model.longest_input(recipe, tokenizer))
-    arguments = _arguments(recipe, run)  # several processes form their group here, after all preparation
+    arguments = _arguments(recipe, run, corpus)  # several processes form their group here, after all preparation
     set_seed(arguments.seed)
     built, new = model.build(recipe, corpus.label_names)
     task = TASKS[recipe.task](tokenizer, corpus.label_names, label_smoothing=arguments.label_smoothing_factor)
-    with session(recipe, run, corpus, arguments, fresh=fresh) as (checkpoint, callbacks):
-        trainer = RecipeTrainer(model=built, args=arguments, task=task, run=run, corpus=corpus, callbacks=callbacks)
+    try:
+        trainer = RecipeTrainer(recipe, model=built, args=arguments, task=task, run=run, corpus=corpus)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise recipe.error("training", one_line(error)) from error
+    with session(recipe, run, corpus, trainer, fresh=fresh) as checkpoint:
         _describe(recipe, run, corpus, trainer, new)
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -78,11 +83,11 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
         _stop_if_requested(run, trainer)
         _record_evaluation(run, trainer)
         _save(recipe, run, corpus, trainer)
-        trainer.accelerator.end_training()
+    trainer.accelerator.end_training()
     return run
 
 
-def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
+def _arguments(recipe: Recipe, run: Run, corpus: Corpus) -> TrainingArguments:
     """TrainingArguments from the recipe alone: the launch file says how many processes and which engine, no more."""
     import torch
     from transformers import TrainingArguments
@@ -105,6 +110,7 @@ def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
         raise recipe.error("training", one_line(error)) from error
     # one process drives one device: upstream would start DataParallel, which multiplies the batch, and has no option against it
     arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001
+    _check_best_metric(recipe, arguments, corpus)
     if recipe.global_batch_size is not None:
         together = arguments.per_device_train_batch_size * arguments.world_size
         if recipe.global_batch_size % together:
@@ -112,6 +118,16 @@ def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
             raise recipe.error("global_batch_size", f"{recipe.global_batch_size} is not a multiple of {together} ({told})")
         arguments.gradient_accumulation_steps = recipe.global_batch_size // together
     return arguments
+
+
+def _check_best_metric(recipe: Recipe, arguments: TrainingArguments, corpus: Corpus) -> None:
+    """A metric that no evaluation gives is refused now: upstream says so after the first epoch."""
+    figures = [f.name for f in fields(SetMetrics)]
+    others = [f"{name}_{figure}" for name in list(corpus.evaluation)[1:] for figure in figures]
+    metric = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in (*figures, *others):
+        told = did_you_mean(metric, [*figures, *others]) or f"; there are {', '.join([*figures, *others])}"
+        raise recipe.error("training.metric_for_best_model", f"no evaluation gives {metric!r}{told}")
 
 
 def _describe(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, new: Sequence[str]) -> None:
@@ -144,6 +160,7 @@ def _describe(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, 
     backbone = trainer.model.get_base_model() if recipe.adapter is not None else trainer.model
     heads = sorted({name.rpartition(".")[0] for name in new})
     engine = f" ({layout['engine']})" if args.world_size > 1 else ""
+    threads = f"{layout['threads']} thread{'s' if torch.get_num_threads() > 1 else ''}{' each' if args.world_size > 1 else ''}"
     processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
     batch = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x {processes}"
     lines = {
@@ -153,7 +170,7 @@ def _describe(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, 
         "data": " · ".join(_rows(name, prepared) for name, prepared in corpus.sets.items()),
         "steps": f"{steps:,} of {batches.global_batch} rows ({batch}); {per_epoch:,} an epoch",
         "padding": f"{batches.padding_waste():.1%} of the tokens",
-        "layout": f"{processes}{engine} · {layout['device']} · {precision} · {layout['threads']} thread{'s' if layout['threads'] > 1 else ''} a process",
+        "layout": f"{processes}{engine} · {layout['device']} · {precision} · {threads}",
     }
     say(report.panel(f"{recipe.name} -> {run.path}", lines))
 
@@ -197,9 +214,6 @@ def _stop_if_requested(run: Run, trainer: RecipeTrainer) -> None:
         return
     saved = run.path / f"checkpoint-{step}"
     told = f"stopped at step {step} of {trainer.state.max_steps}, saved in {saved}; the same command resumes"
-    if trainer.args.process_index == 0:
-        run.end("interrupted", told)
-    trainer.accelerator.end_training()
     raise Interrupted(told)
 
 
@@ -244,8 +258,10 @@ def _save(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer) -> N
     reference = trainer.reference_logits(rows, indices)
     if trainer.args.process_index != 0:
         return
-    if recipe.adapter is not None:  # the base's configuration with the label names: the head of the adapter needs it
-        trainer.model.get_base_model().config.save_pretrained(beside)
+    # The label names, for loaders of the adapter. Not inside adapter/: with a config.json there, transformers takes the folder
+    # for a whole model and no longer finds its base.
+    backbone = trainer.model.get_base_model() if recipe.adapter is not None else trainer.model
+    backbone.config.save_pretrained(run.path)
     if (run.path / name).exists():
         shutil.rmtree(run.path / name)
     beside.rename(run.path / name)

@@ -13,11 +13,13 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
-from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from scalepeft.callbacks import Progress
 from scalepeft.checkpoint import load_state, publish, save_state
 from scalepeft.data import Corpus
+from scalepeft.recipe import Recipe
 from scalepeft.run import Run
 from scalepeft.sampler import NO_ROW, StepBatches
 from scalepeft.tasks import IGNORED, SequenceClassification
@@ -52,11 +54,11 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
+        recipe: Recipe,
         *,
         task: SequenceClassification,
         run: Run,
         corpus: Corpus,
-        callbacks: Sequence[TrainerCallback],
         **options: Any,
     ) -> None:
         super().__init__(
@@ -67,11 +69,12 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
             compute_loss_func=task.loss,
             compute_metrics=self._compute_metrics,
             preprocess_logits_for_metrics=task.reduce,
-            callbacks=list(callbacks),
+            callbacks=[EarlyStoppingCallback(**recipe.early_stopping)] if recipe.early_stopping is not None else None,
             **options,
         )
-        self.remove_callback(PrinterCallback)  # callbacks.Progress speaks instead
-        self.remove_callback(ProgressCallback)
+        for upstream in (PrinterCallback, ProgressCallback):
+            self.remove_callback(upstream)
+        self.add_callback(Progress())
         self.task, self.run = task, run
         self.lengths = {name: prepared.lengths for name, prepared in corpus.sets.items()}
         self.evaluations: dict[int, dict[str, dict[str, Any]]] = {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from scalepeft.console import quiet_upstream, say
 from scalepeft.errors import RunFailed, UserError, program
+from scalepeft.fetch import offline_if_unreachable
 from scalepeft.run import VERIFICATION, Run
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def verify(run: Run) -> None:
     Reloads base and weights from disk and compares logits with those of the trained model; where the base does not fit
     into memory, the saved tensors are compared with those that were trained. Raises RunFailed when they differ.
     """
+    offline_if_unreachable(run.recipe())
     quiet_upstream()
     found = _compare_logits(run) if _fits(run) else _compare_tensors(run)
     if not found.pop("passed"):

@@ -1,0 +1,53 @@
+# make setup | quickstart | test | test-all | lint | schema | bench. PYTHON chooses the interpreter that .venv is made from.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# .venv is ready for the dependencies as they now stand; by content, for a checkout has times of its own
+READY := .venv/.ready-$(shell sed '/^\[tool/,$$d' pyproject.toml | cat - constraints.txt | cksum | cut -d' ' -f1)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup install quickstart test test-all test-long lint schema bench
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY)  ## install everything into .venv, once
+
+# DeepSpeed comes as source only and looks at the installed torch: built in this environment, not in an isolated one, which
+# would download a second torch; without its compiled operators, which it builds when they are first used.
+# A .venv that was made by hand and holds the program is taken as it is.
+$(READY):
+	@if [ -z "$$(ls .venv/.ready-* 2>/dev/null)" ] && $(BIN)/python -c 'import scalepeft, pytest, ruff' 2>/dev/null; then touch $@; \
+	else $(MAKE) --no-print-directory install && rm -f .venv/.ready-* && touch $@; fi
+
+install:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools wheel
+	if [ "$$(uname)" = Linux ]; then DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed; fi
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+
+quickstart: setup  ## fetch a small model and data, train, evaluate and verify: minutes on a CPU
+	$(BIN)/scalepeft fetch quickstart
+	$(BIN)/scalepeft train quickstart
+	@echo
+	@echo "look at runs/quickstart: run.json (all figures), curves.png, adapter/"
+
+test: setup  ## the tests that take seconds each
+	$(BIN)/python -m pytest -m 'not long and not gpu'
+
+test-all: setup  ## all tests that need no GPU
+	$(BIN)/python -m pytest -m 'not gpu'
+
+test-long: setup  ## what test leaves out of test-all
+	$(BIN)/python -m pytest -m 'long and not gpu'
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+schema: setup  ## write recipes/schema.json anew
+	$(BIN)/scalepeft schema > recipes/schema.json
+
+bench: setup  ## measure what is claimed about speed
+	$(BIN)/python benchmarks/startup.py
