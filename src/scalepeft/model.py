@@ -37,7 +37,10 @@ if not torch.accelerator.is_available():
 def tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The base model's tokenizer. Raises UserError when it cannot be loaded."""
     with _upstream_errors(recipe, "model.name_or_path"):
-        return AutoTokenizer.from_pretrained(*_base(recipe), **_source(recipe))
+        found = AutoTokenizer.from_pretrained(*_base(recipe), **_source(recipe))
+    if found.pad_token is None:  # decoders come without one; padding is masked, so that any token serves
+        found.pad_token = found.eos_token
+    return found
 
 
 def longest_input(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -155,6 +158,8 @@ def _config(recipe: Recipe, labels: Sequence[str] | None) -> Any:
             raise recipe.error(f"model.config.{key}", told)
         setattr(config, key, value)
     if labels is not None:
+        if config.pad_token_id is None:  # as `tokenizer` does
+            config.pad_token_id = config.eos_token_id
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: index for index, name in enumerate(labels)}
         config.problem_type = "single_label_classification"

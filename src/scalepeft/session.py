@@ -111,4 +111,6 @@ def _mendable(run: Run, error: Exception) -> UserError | None:
             "lower training.per_device_train_batch_size (global_batch_size keeps the product), or set activation_checkpointing"
         )
         return UserError(f"{run.path}: out of device memory; {kept}. To fit: {told}")
+    if isinstance(error, ImportError):
+        return UserError(f"{run.path}: {one_line(error)}")
     return None

@@ -17,7 +17,7 @@ from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.console import quiet_upstream, say, speaks
 from scalepeft.errors import Interrupted, did_you_mean, one_line, program
-from scalepeft.fetch import missing_inputs, offline_if_unreachable
+from scalepeft.fetch import asset_path, missing_inputs, offline_if_unreachable
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run, SetMetrics
 
@@ -67,7 +67,9 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
 
     tokenizer = model.tokenizer(recipe)
     corpus = data.prepare(recipe, tokenizer, limit=model.longest_input(recipe, tokenizer))
-    arguments = _arguments(recipe, run, corpus)  # several processes form their group here, after all preparation
+    arguments = _arguments(
+        recipe, run, corpus, resumed=state == "unfinished"
+    )  # several processes form their group here, after all preparation
     set_seed(arguments.seed)
     built, new = model.build(recipe, corpus.label_names)
     task = TASKS[recipe.task](tokenizer, corpus.label_names, label_smoothing=arguments.label_smoothing_factor)
@@ -75,6 +77,8 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
         trainer = RecipeTrainer(recipe, model=built, args=arguments, task=task, run=run, corpus=corpus)
     except (ValueError, RuntimeError, ImportError) as error:
         raise recipe.error("training", one_line(error)) from error
+    if not len(trainer.step_batches()):
+        raise recipe.error("training.dataloader_drop_last", "leaves no batch: there are fewer rows than one step takes")
     with session(recipe, run, corpus, trainer, fresh=fresh) as checkpoint:
         _describe(recipe, run, corpus, trainer, new)
         started = time.monotonic()
@@ -87,7 +91,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
     return run
 
 
-def _arguments(recipe: Recipe, run: Run, corpus: Corpus) -> TrainingArguments:
+def _arguments(recipe: Recipe, run: Run, corpus: Corpus, *, resumed: bool) -> TrainingArguments:
     """TrainingArguments from the recipe alone: the launch file says how many processes and which engine, no more."""
     import torch
     from transformers import TrainingArguments
@@ -100,7 +104,7 @@ def _arguments(recipe: Recipe, run: Run, corpus: Corpus) -> TrainingArguments:
         "restore_callback_states_from_checkpoint": recipe.early_stopping is not None,
     }
     given |= {**recipe.training, "output_dir": str(run.path)}
-    if run.record.get("evaluation"):  # a resumed run was evaluated before its first step already
+    if resumed and run.record["evaluation"]:  # before its first step, in the session that began it
         given["eval_on_start"] = False
     # read where neither bf16 nor fp16 is set: a launch file's mixed_precision would slip in
     os.environ["ACCELERATE_MIXED_PRECISION"] = next((p for p in ("bf16", "fp16") if given.get(p)), "no")
@@ -182,6 +186,8 @@ def _rows(name: str, prepared: Prepared) -> str:
 
 def _revision(recipe: Recipe, trainer: RecipeTrainer) -> dict[str, str]:
     found = getattr(trainer.model.config, "_commit_hash", None) or recipe.model.revision
+    if recipe.model.name_or_path.startswith("fetched:"):
+        found = asset_path(recipe.model.name_or_path).name  # the name with the pinned version
     return {recipe.model.name_or_path: found} if found else {}
 
 

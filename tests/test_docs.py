@@ -1,0 +1,210 @@
+"""The documentation: every command of README.md runs, every recipe in it is valid, and what it links to exists."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scalepeft import cli
+from scalepeft import recipe as recipes
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "recipes/README.md", "slurm/README.md"]
+TINY = "data.train.sample_rows=64 data.evaluation.test.sample_rows=32 training.max_steps=2 training.eval_steps=1 training.save_steps=1"
+TINY_FILE = "training.max_steps=2"
+TWO_CPUS = ("multi_gpu.yaml --num_processes 8", "multi_cpu.yaml --num_processes 2")
+REPLACED = {".venv/bin/activate": f"{sys.prefix}/bin/activate"}
+
+LAUNCH = "accelerate launch --config_file accelerate_configs"
+LIGHT = {
+    "make setup": "dry run",
+    "make quickstart": "dry run",
+    "make test": "dry run",
+    "make test-all": "dry run",
+    "make lint": "dry run",
+    "source .venv/bin/activate": "",
+    "scalepeft check quickstart": "",
+    "scalepeft check recipes": "",
+    "scalepeft check quickstart training.learning_rat=1e-4": "fails",
+    "scalepeft check reviews.yaml": "",
+    "scalepeft schema > schema.json": "",
+    "scalepeft schema --run > run_schema.json": "",
+    "scalepeft fetch quickstart": "",
+}
+"""Commands of the documents that take a moment: what is appended to them; the make targets are run by .ci/run."""
+LONG = {
+    "scalepeft train quickstart": TINY,
+    "scalepeft train quickstart training.learning_rate=5e-4 training.output_dir=runs/slower": TINY,
+    "scalepeft train quickstart --fresh": TINY,
+    "scalepeft train reviews.yaml": TINY_FILE,
+    "accelerate launch -m scalepeft.train recipes/quickstart.yaml training.output_dir=runs/launched": TINY,
+    f"{LAUNCH}/cpu.yaml -m scalepeft.train recipes/quickstart.yaml training.output_dir=runs/cpu": TINY,
+    f"{LAUNCH}/multi_cpu.yaml --num_processes 2 -m scalepeft.train recipes/quickstart.yaml training.output_dir=runs/two": TINY,
+    f"{LAUNCH}/multi_gpu.yaml --num_processes 8 -m scalepeft.train recipes/quickstart.yaml training.output_dir=runs/eight": TINY,
+    f"{LAUNCH}/multi_gpu.yaml --num_processes 8 -m scalepeft.train RECIPE": f"training.output_dir=runs/slurm {TINY}",
+    "scalepeft evaluate runs/quickstart": "",
+    "scalepeft evaluate runs/quickstart data.evaluation.mine.path=reviews.csv --output figures.json": "",
+    "scalepeft predict runs/quickstart --data new.csv --output predictions.csv": "",
+}
+"""Commands that train or load a model, with what makes them tiny. Those of GPUs run as processes on the CPU."""
+
+
+def blocks(document: str, *languages: str) -> list[str]:
+    """The fenced blocks of these languages."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for language, block in found if language in languages]
+
+
+def commands(document: str) -> list[str]:
+    """The commands of a document: the lines after `$` of a console block, all lines of a bash block."""
+    lines = [line[2:] for block in blocks(document, "console") for line in block.splitlines() if line.startswith("$ ")]
+    lines += [line for block in blocks(document, "bash", "sh", "shell") for line in block.splitlines()]
+    return [stripped for line in lines if (stripped := re.sub(r"\s+#.*|^#.*", "", line).strip())]
+
+
+ALL_COMMANDS = list(dict.fromkeys(command for document in DOCUMENTS for command in commands(document)))
+RECIPES = [block for block in blocks("README.md", "yaml") if block.count("\ntask:") and "\ndata:" in block]
+FRAGMENTS = [block for block in blocks("README.md", "yaml") if block not in RECIPES]
+
+
+def bash(command: str, folder: Path, *, status: int = 0) -> str:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "WANDB_MODE": "disabled",
+    }
+    environment.pop("OMP_NUM_THREADS", None)
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def newcomer(assets, tmp_path_factory) -> Path:  # noqa: ARG001  # the assets must be there
+    """A folder as a reader has it: the checkout's recipes and launch files, and the files that README.md speaks of."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    for name in ("recipes", "accelerate_configs"):
+        shutil.copytree(ROOT / name, folder / name)
+    with (folder / "reviews.csv").open("w", encoding="utf-8", newline="") as stream:
+        rows = [
+            (f"{text} {i}", label)
+            for i in range(20)
+            for text, label in (("a good film", "positive"), ("a bad film", "negative"))
+        ]
+        csv.writer(stream).writerows([("text", "label"), *rows])
+    (folder / "new.csv").write_text("text\nA clever and moving film.\nTwo hours of my life that I will not get back.\n")
+    for block in RECIPES:
+        if named := re.match(r"# (\S+\.yaml)\n", block):
+            (folder / named[1]).write_text(block, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(newcomer) -> Path:
+    """The folder with a complete, tiny runs/quickstart."""
+    bash(f"scalepeft train quickstart {TINY}", newcomer)
+    return newcomer
+
+
+def test_every_command_is_run_by_a_test():
+    assert sorted({*LIGHT, *LONG}) == sorted(ALL_COMMANDS)
+
+
+@pytest.mark.parametrize("command", LIGHT)
+def test_light_commands_run(command, newcomer):
+    how = LIGHT[command]
+    if how == "dry run":
+        bash(f"{command} --dry-run", ROOT)
+        return
+    for old, new in REPLACED.items():
+        command = command.replace(old, shlex.quote(new))
+    bash(command, newcomer, status=2 if how == "fails" else 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", LONG)
+def test_long_commands_run(command, trained):
+    for name in ("figures.json", "predictions.csv"):
+        (trained / name).unlink(missing_ok=True)
+    tiny = command.replace(*TWO_CPUS).replace("RECIPE", "recipes/quickstart.yaml")
+    said = bash(f"{tiny} {LONG[command]}", trained)
+    if ".train" in command or " train " in command:
+        assert "verified   reloaded in a fresh process" in said or "is complete already" in said
+
+
+def test_what_is_printed_for_light_commands_is_what_readme_shows(newcomer):
+    shown = "".join(blocks("README.md", "console"))
+    for command in [c for c in LIGHT if c.startswith("scalepeft check") and c in shown]:
+        printed = bash(command, newcomer, status=2 if LIGHT[command] == "fails" else 0)
+        if f"$ {command}\n$" not in shown and not shown.endswith(f"$ {command}\n"):
+            assert f"$ {command}\n{printed}" in shown or command == "scalepeft check reviews.yaml"
+
+
+def test_readme_shows_every_verb_and_no_other():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^### (\w+)$", text, re.MULTILINE)) == set(cli.COMMANDS)
+    assert set(re.findall(r"scalepeft (\w+) ", "\n".join(ALL_COMMANDS))) <= set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    here = (ROOT / document).parent
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if path.startswith("https://"):
+            continue
+        assert not path or (here / path).exists(), target
+        if anchor:
+            headings = re.findall(
+                r"^#+ (.*)$", (here / path if path else ROOT / document).read_text(encoding="utf-8"), re.MULTILINE
+            )
+            assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
+    for named in re.findall(r"`((?:recipes|accelerate_configs|benchmarks|tests|src|docs|slurm)/[^`\s*]*)`", text):
+        assert (ROOT / named).exists(), named
+
+
+@pytest.mark.parametrize("number", range(len(RECIPES)))
+def test_whole_recipes_are_valid(number, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPES[number], encoding="utf-8")
+    recipes.load(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("number", range(len(FRAGMENTS)))
+def test_fragments_fit_into_the_quickstart(number, tmp_path):
+    whole = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text(encoding="utf-8"))
+    for section, value in (yaml.safe_load(FRAGMENTS[number]) or {}).items():
+        adds = section in ("model", "data", "training")  # an adapter or a quantisation is replaced as a whole
+        whole[section] = {**whole[section], **value} if adds else value
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(whole), encoding="utf-8")
+    recipes.load(tmp_path / "recipe.yaml")
+
+
+def test_sections_of_the_quickstart_are_shown_as_they_are():
+    whole = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    explained = text.partition("section by section\n")[2].partition("\n## ")[0]
+    shown: dict[str, object] = {}
+    for block in re.findall(r"^```yaml\n(.*?)^```$", explained, re.MULTILINE | re.DOTALL):
+        shown |= yaml.safe_load(block)
+    assert shown.keys() == whole.keys()
+    assert all(shown[name] == whole[name] for name in whole if name != "training")
+    assert shown["training"].items() <= whole["training"].items()
+
+
+@pytest.mark.parametrize("verb", cli.COMMANDS)
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"scalepeft {verb}" in capsys.readouterr().out
