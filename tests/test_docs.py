@@ -10,21 +10,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 
-from scalepeft import cli
+from scalepeft import cli, document
 from scalepeft import recipe as recipes
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "recipes/README.md", "slurm/README.md"]
-TINY = "data.train.sample_rows=64 data.evaluation.test.sample_rows=32 training.max_steps=2 training.eval_steps=1 training.save_steps=1"
+TINY = "data.train.sample_rows=64 data.evaluation.test.sample_rows=32 training.max_steps=2"
 TINY_FILE = "training.max_steps=2"
 TWO_CPUS = ("multi_gpu.yaml --num_processes 8", "multi_cpu.yaml --num_processes 2")
 REPLACED = {".venv/bin/activate": f"{sys.prefix}/bin/activate"}
 
 LAUNCH = "accelerate launch --config_file accelerate_configs"
+QUICKSTART = "-m scalepeft.train recipes/quickstart.yaml"
 LIGHT = {
     "make setup": "dry run",
     "make quickstart": "dry run",
@@ -46,10 +47,10 @@ LONG = {
     "scalepeft train quickstart training.learning_rate=5e-4 training.output_dir=runs/slower": TINY,
     "scalepeft train quickstart --fresh": TINY,
     "scalepeft train reviews.yaml": TINY_FILE,
-    "accelerate launch -m scalepeft.train recipes/quickstart.yaml training.output_dir=runs/launched": TINY,
-    f"{LAUNCH}/cpu.yaml -m scalepeft.train recipes/quickstart.yaml training.output_dir=runs/cpu": TINY,
-    f"{LAUNCH}/multi_cpu.yaml --num_processes 2 -m scalepeft.train recipes/quickstart.yaml training.output_dir=runs/two": TINY,
-    f"{LAUNCH}/multi_gpu.yaml --num_processes 8 -m scalepeft.train recipes/quickstart.yaml training.output_dir=runs/eight": TINY,
+    f"accelerate launch {QUICKSTART} training.output_dir=runs/launched": TINY,
+    f"{LAUNCH}/cpu.yaml {QUICKSTART} training.output_dir=runs/cpu": TINY,
+    f"{LAUNCH}/multi_cpu.yaml --num_processes 2 {QUICKSTART} training.output_dir=runs/two": TINY,
+    f"{LAUNCH}/multi_gpu.yaml --num_processes 8 {QUICKSTART} training.output_dir=runs/eight": TINY,
     f"{LAUNCH}/multi_gpu.yaml --num_processes 8 -m scalepeft.train RECIPE": f"training.output_dir=runs/slurm {TINY}",
     "scalepeft evaluate runs/quickstart": "",
     "scalepeft evaluate runs/quickstart data.evaluation.mine.path=reviews.csv --output figures.json": "",
@@ -58,23 +59,31 @@ LONG = {
 """Commands that train or load a model, with what makes them tiny. Those of GPUs run as processes on the CPU."""
 
 
-def blocks(document: str, *languages: str) -> list[str]:
+def blocks(file: str, *languages: str) -> list[str]:
     """The fenced blocks of these languages."""
-    text = (ROOT / document).read_text(encoding="utf-8")
+    text = (ROOT / file).read_text(encoding="utf-8")
     found = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [block for language, block in found if language in languages]
 
 
-def commands(document: str) -> list[str]:
+def commands(file: str) -> list[str]:
     """The commands of a document: the lines after `$` of a console block, all lines of a bash block."""
-    lines = [line[2:] for block in blocks(document, "console") for line in block.splitlines() if line.startswith("$ ")]
-    lines += [line for block in blocks(document, "bash", "sh", "shell") for line in block.splitlines()]
+    lines = [line[2:] for block in blocks(file, "console") for line in block.splitlines() if line.startswith("$ ")]
+    lines += [line for block in blocks(file, "bash", "sh", "shell") for line in block.splitlines()]
     return [stripped for line in lines if (stripped := re.sub(r"\s+#.*|^#.*", "", line).strip())]
 
 
-ALL_COMMANDS = list(dict.fromkeys(command for document in DOCUMENTS for command in commands(document)))
+ALL_COMMANDS = list(dict.fromkeys(command for file in DOCUMENTS for command in commands(file)))
 RECIPES = [block for block in blocks("README.md", "yaml") if block.count("\ntask:") and "\ndata:" in block]
 FRAGMENTS = [block for block in blocks("README.md", "yaml") if block not in RECIPES]
+
+
+def values(block: str, folder: Path) -> dict[str, Any]:
+    """A block as a recipe would be read: YAML 1.2, where 1e-3 is a number. One of comments only is empty."""
+    if not re.search(r"^[^#\s]", block, re.MULTILINE):
+        return {}
+    (folder / "block.yaml").write_text(block, encoding="utf-8")
+    return document.read(folder / "block.yaml").values
 
 
 def bash(command: str, folder: Path, *, status: int = 0) -> str:
@@ -156,10 +165,10 @@ def test_readme_shows_every_verb_and_no_other():
     assert set(re.findall(r"scalepeft (\w+) ", "\n".join(ALL_COMMANDS))) <= set(cli.COMMANDS)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_somewhere(document):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    here = (ROOT / document).parent
+@pytest.mark.parametrize("file", DOCUMENTS)
+def test_links_lead_somewhere(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    here = (ROOT / file).parent
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")
         if path.startswith("https://"):
@@ -167,7 +176,7 @@ def test_links_lead_somewhere(document):
         assert not path or (here / path).exists(), target
         if anchor:
             headings = re.findall(
-                r"^#+ (.*)$", (here / path if path else ROOT / document).read_text(encoding="utf-8"), re.MULTILINE
+                r"^#+ (.*)$", (here / path if path else ROOT / file).read_text(encoding="utf-8"), re.MULTILINE
             )
             assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
     for named in re.findall(r"`((?:recipes|accelerate_configs|benchmarks|tests|src|docs|slurm)/[^`\s*]*)`", text):
@@ -182,21 +191,21 @@ def test_whole_recipes_are_valid(number, tmp_path):
 
 @pytest.mark.parametrize("number", range(len(FRAGMENTS)))
 def test_fragments_fit_into_the_quickstart(number, tmp_path):
-    whole = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text(encoding="utf-8"))
-    for section, value in (yaml.safe_load(FRAGMENTS[number]) or {}).items():
+    whole = dict(document.read(ROOT / "recipes/quickstart.yaml").values)
+    for section, value in values(FRAGMENTS[number], tmp_path).items():
         adds = section in ("model", "data", "training")  # an adapter or a quantisation is replaced as a whole
         whole[section] = {**whole[section], **value} if adds else value
     (tmp_path / "recipe.yaml").write_text(recipes.dump(whole), encoding="utf-8")
     recipes.load(tmp_path / "recipe.yaml")
 
 
-def test_sections_of_the_quickstart_are_shown_as_they_are():
-    whole = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text(encoding="utf-8"))
+def test_sections_of_the_quickstart_are_shown_as_they_are(tmp_path):
+    whole = document.read(ROOT / "recipes/quickstart.yaml").values
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     explained = text.partition("section by section\n")[2].partition("\n## ")[0]
     shown: dict[str, object] = {}
     for block in re.findall(r"^```yaml\n(.*?)^```$", explained, re.MULTILINE | re.DOTALL):
-        shown |= yaml.safe_load(block)
+        shown |= values(block, tmp_path)
     assert shown.keys() == whole.keys()
     assert all(shown[name] == whole[name] for name in whole if name != "training")
     assert shown["training"].items() <= whole["training"].items()

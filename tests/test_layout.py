@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from scalepeft import predict
 from scalepeft import recipe as recipes
+from scalepeft.console import quiet_upstream
 from scalepeft.run import Run
 
 MULTI_CPU = Path(__file__).parents[1] / "accelerate_configs/multi_cpu.yaml"
@@ -79,8 +80,8 @@ def check_same_numbers(run: Run, other: Run) -> None:
     torch.testing.assert_close(figures(run, "loss", "grad_norm"), figures(other, "loss", "grad_norm"), rtol=CLOSE, atol=1e-6)
     distance = (weights(run) - weights(other)).norm() / weights(other).norm()
     assert distance < CLOSE
-    before, after = figures(run, "eval_loss", "eval_accuracy", "eval_f1_macro"), figures(other, "eval_loss", "eval_accuracy", "eval_f1_macro")
-    torch.testing.assert_close(before, after, rtol=CLOSE, atol=1e-6)
+    measured = [figures(each, "eval_loss", "eval_accuracy", "eval_f1_macro") for each in (run, other)]
+    torch.testing.assert_close(*measured, rtol=CLOSE, atol=1e-6)
     assert run.record["evaluation"]["test"]["after"]["confusion"] == other.record["evaluation"]["test"]["after"]["confusion"]
 
 
@@ -116,13 +117,15 @@ def test_accumulation_changes_no_number(layout, strategy):
     check_same_numbers(layout("4x4", training, **EXACT), layout("1x16", training, **EXACT))
 
 
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+@pytest.mark.parametrize("strategy", [pytest.param("random", marks=pytest.mark.long), "group_by_length"])
 def test_two_processes_change_no_number(layout, strategy):
     training = {"train_sampling_strategy": strategy}
     run = layout("2x8", training, **EXACT)
     assert run.record["layout"]["processes"] == 2
     assert run.record["layout"]["engine"] == "MULTI_CPU"
+    assert sum(map(sum, run.record["evaluation"]["test"]["after"]["confusion"])) == 30
     check_same_numbers(run, layout("1x16", training, **EXACT))
+    assert predict.evaluate(run)["test"]["loss"] == pytest.approx(run.record["metrics"]["after"]["loss"], rel=CLOSE)
 
 
 def test_with_dropout_rows_and_rates_are_the_same(layout, taken):
@@ -136,12 +139,11 @@ def test_with_dropout_rows_and_rates_are_the_same(layout, taken):
     assert not torch.equal(figures(parts, "loss"), figures(whole, "loss")), "there was no dropout"
 
 
+@pytest.mark.long
 def test_two_processes_go_on_where_they_broke_off(toy, layout, tmp_path):
     straight = layout("2x8")
     copy = tmp_path / "run"
     recipe = toy("run", training=LAYOUTS["2x8"])
-    import shutil
-
     shutil.copytree(straight.path, copy)
     for left in ("adapter", "checkpoint-15", "checkpoint-20"):  # as if it had died in step 11
         shutil.rmtree(copy / left)
@@ -153,12 +155,6 @@ def test_two_processes_go_on_where_they_broke_off(toy, layout, tmp_path):
     assert torch.equal(weights(again), weights(straight))
 
 
-def test_a_run_of_two_processes_is_evaluated_the_same_by_one(layout):
-    run = layout("2x8")
-    assert predict.evaluate(run)["test"]["loss"] == pytest.approx(run.record["metrics"]["after"]["loss"], rel=CLOSE)
-    assert sum(map(sum, run.record["evaluation"]["test"]["after"]["confusion"])) == 30
-
-
 def test_upstreams_own_loss_grows_with_accumulation(toy, layout):
     """Why the loss is our own: a control that fails when upstream has mended it."""
     from transformers import Trainer, TrainingArguments, set_seed
@@ -167,6 +163,7 @@ def test_upstreams_own_loss_grows_with_accumulation(toy, layout):
     from scalepeft.tasks import SequenceClassification
     from scalepeft.trainer import Rows
 
+    quiet_upstream()
     recipe = recipes.load(toy(**EXACT))
     tokenizer = model.tokenizer(recipe)
     corpus = data.prepare(recipe, tokenizer, limit=64)

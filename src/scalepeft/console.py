@@ -44,5 +44,8 @@ def quiet_upstream() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # set at all, it also stops a warning at each fork of a loader
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "Failed to load CPU gemm_4bit_forward": a slower kernel serves
-    # peft 0.21 reads a name that transformers 5.23 renamed
+    # DDP's remark that no parameter was unused: upstream lets it look for some, since an adapter may leave some
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # peft 0.21 reads a name that transformers 5.23 renamed, DeepSpeed 0.19 calls functions that torch 2.13 renamed
     warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
