@@ -19,7 +19,7 @@ LAYERS = (
     ("check", "recipe"),
     ("run", "schema", "fetch", "cluster"),
     ("checkpoint", "sampler", "sources", "labels", "data", "model"),
-    ("tasks", "callbacks", "trainer"),
+    ("tasks", "callbacks", "trainer", "session"),
     ("report", "verify", "predict", "merge", "push", "plan", "train"),
     ("cli", "__main__"),
 )

@@ -369,3 +369,61 @@ def test_a_shipped_recipe_is_clean_and_survives_writing(name, written):
 
 def test_flat_keys_are_dotted():
     assert recipe.flatten({"a": {"b": [1, {"c": 2}]}, "d": {}, "e": []}) == {"a.b.0": 1, "a.b.1.c": 2, "d": {}, "e": []}
+
+
+# --- families ------------------------------------------------------------------------------------------------------
+
+
+def family(tmp_path, **files):
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+BASE = "task: sequence-classification\nmodel: {name_or_path: m}\ndata: {train: {path: a.csv}}\nadapter: {peft_type: LORA, r: 8}\n"
+
+
+def test_a_recipe_extends_another_and_each_value_knows_its_place(tmp_path):
+    family(tmp_path, base=BASE, child="extends: base.yaml\nadapter:\n  r: 4\ntraining: {seed: 1}\n")
+    found = recipe.load(tmp_path / "child.yaml")
+    assert found.name == "child"
+    assert found.adapter == {"peft_type": "LORA", "r": 4}
+    assert "extends" not in found.resolved()
+    assert str(found.error("adapter.r", "x")).startswith(f"{tmp_path / 'child.yaml'}:3: ")
+    assert str(found.error("adapter.peft_type", "x")).startswith(f"{tmp_path / 'base.yaml'}:4: ")
+
+
+def test_null_in_an_extending_recipe_removes_a_key_and_lists_are_replaced(tmp_path):
+    base = BASE + "training: {report_to: [wandb, tensorboard], seed: 3}\n"
+    family(tmp_path, base=base, child="extends: base.yaml\nadapter: null\ntraining: {report_to: [wandb], seed: null}\n")
+    found = recipe.load(tmp_path / "child.yaml")
+    assert found.adapter is None
+    assert found.training == {"report_to": ["wandb"]}
+
+
+@pytest.mark.parametrize(
+    ("child", "told"),
+    [
+        ("extends: bas.yaml\n", "child.yaml:1: extends: {0}/bas.yaml does not exist; did you mean '{0}/base.yaml'?"),
+        ("extends: [base.yaml]\n", "child.yaml:1: extends names one recipe"),
+        ("extends: child.yaml\n", "child.yaml:1: extends: {0}/child.yaml extends this recipe in turn"),
+        ("extends: other.yaml\n", "other.yaml:1: extends: {0}/child.yaml extends this recipe in turn"),
+        ("extends: base.yaml\nadapter: {rr: 4}\n", "child.yaml:2: adapter (LoraConfig) has no 'rr'; did you mean 'r'?"),
+    ],
+)
+def test_what_is_wrong_in_a_family_is_told_with_its_place(tmp_path, child, told):
+    family(tmp_path, base=BASE, child=child, other="extends: child.yaml\n")
+    with pytest.raises(UserError) as caught:
+        recipe.load(tmp_path / "child.yaml")
+    assert told.format(tmp_path) in str(caught.value)
+
+
+def test_check_resolved_prints_a_recipe_that_gives_the_same_values(tmp_path, capsys):
+    family(tmp_path, base=BASE, child="extends: base.yaml\ntraining: {seed: 1}\n")
+    assert recipe.main([str(tmp_path / "child.yaml"), "--resolved", "training.seed=2"]) == 0
+    printed = capsys.readouterr().out
+    assert f"# {tmp_path / 'base.yaml'}:2" in printed
+    assert "# command line (training.seed=2)" in printed
+    (tmp_path / "whole.yaml").write_text(printed, encoding="utf-8")
+    whole, child = recipe.load(tmp_path / "whole.yaml"), recipe.load(tmp_path / "child.yaml", ["training.seed=2"])
+    assert whole.resolved() == child.resolved()

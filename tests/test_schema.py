@@ -71,7 +71,7 @@ def test_what_the_checker_accepts_is_valid(key, value):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("trainin", {}), ("model", None), ("model.name", "x"), ("adapter", {}), ("adapter", 3), ("adapter.rr", 3),
+        ("trainin", {}), ("model", None), ("model.name", "x"), ("adapter", 3), ("adapter.rr", 3),
         ("adapter.r", "8"), ("adapter", {"peft_type": "IA3", "r": 8}), ("adapter.peft_type", "lora"),
         ("adapter", {"name_or_path": "x", "r": 8}),
         ("adapter", {"name_or_path": "x", "peft_type": "LORA"}), ("training.learning_rat", 1),
@@ -79,9 +79,9 @@ def test_what_the_checker_accepts_is_valid(key, value):
         ("training.hub_token", "x"),
         ("training.local_rank", 0),
         ("early_stopping", {"patience": 3}), ("quantization", {"load_in_4bits": True}), ("task", "classify"),
-        ("data.train", [{"path": "a"}, {"pat": "b"}]), ("data.train", {"split": "train"}),
+        ("data.train", [{"path": "a"}, {"pat": "b"}]), ("data.train", {"spli": "train"}),
         ("data.evaluation", {"a b": {"path": "x"}}), ("data.evaluation", {"a": {"paths": "x"}}),
-        ("data.holdout", {}), ("global_batch_size", "8"),
+        ("data.holdout", {"sise": 1}), ("global_batch_size", "8"),
     ],
 )  # fmt: skip
 def test_what_the_checker_refuses_is_invalid(key, value):
@@ -99,8 +99,8 @@ def test_every_key_of_every_class_is_known():
     for name, reference in upstream.peft_types().items():
         section = SCHEMA["definitions"][reference.rpartition(":")[2]]
         assert set(section["properties"]) == set(upstream.fields(reference)), name
-        given = dict.fromkeys(section["required"], 1) | {"peft_type": name}
-        unknown = [e for e in VALIDATOR.iter_errors(changed("adapter", {**given, "nonsense": 1})) if "nonsense" in e.message]
+        values = changed("adapter", {"peft_type": name, "nonsense": 1})
+        unknown = [e for e in VALIDATOR.iter_errors(values) if "nonsense" in e.message]
         assert unknown, name
 
 

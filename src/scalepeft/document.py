@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 
-from scalepeft.errors import UserError, one_line
+from scalepeft.errors import UserError, did_you_mean, one_line
 
 Key = tuple[str, ...]
 """The path of a value: keys of mappings and indices of lists, all as written in a dotted key."""
@@ -42,8 +42,8 @@ class Document:
         return self.lines.get(path, str(self.path))
 
 
-def read(path: Path) -> Document:
-    """A file as a Document. Raises UserError with all problems found."""
+def read(path: Path, *, extended_by: tuple[Path, ...] = ()) -> Document:
+    """A file as a Document, with what it `extends` merged in. Raises UserError with all problems found."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -56,7 +56,41 @@ def read(path: Path) -> Document:
     if not isinstance(values, dict):
         kind = "list" if isinstance(values, list) else "single value"
         raise UserError(f"{lines[()]}: a recipe is a mapping of sections, this is a {kind}")
-    return Document(path=path, text=text, values=values, lines=lines)
+    document = Document(path=path, text=text, values=values, lines=lines)
+    if "extends" not in values:
+        return document
+    where, name = document.where(("extends",)), values["extends"]
+    if not isinstance(name, str):
+        raise UserError(f"{where}: extends names one recipe, as a path from this one")
+    base, family = path.parent / name, (*extended_by, path)
+    if not base.is_file():
+        raise UserError(
+            f"{where}: extends: {base} does not exist{did_you_mean(str(base), map(str, base.parent.glob('*.yaml')))}"
+        )
+    if any(base.samefile(member) for member in family):
+        raise UserError(f"{where}: extends: {base} extends this recipe in turn")
+    return _merged(read(base, extended_by=family), document)
+
+
+def _merged(base: Document, document: Document) -> Document:
+    """A document over the one it extends: mappings are merged, everything else is replaced, and null removes a key."""
+    lines = dict(base.lines)
+
+    def over(below: dict[str, Any], above: dict[str, Any], key: Key) -> dict[str, Any]:
+        result = dict(below)
+        for name, value in above.items():
+            inner, both = (*key, name), isinstance(value, dict) and isinstance(below.get(name), dict)
+            if not both:
+                for replaced in [k for k in lines if k[: len(inner)] == inner]:
+                    del lines[replaced]
+            result[name] = over(below[name], value, inner) if both else value
+            if value is None and name in below:
+                del result[name]
+        return result
+
+    values = over(base.values, {k: v for k, v in document.values.items() if k != "extends"}, ())
+    own = {k: v for k, v in document.lines.items() if k[:1] != ("extends",)}
+    return Document(path=document.path, text=document.text, values=values, lines=lines | own)
 
 
 def override(document: Document, overrides: Sequence[str]) -> Document:
@@ -86,6 +120,28 @@ def override(document: Document, overrides: Sequence[str]) -> Document:
 def dump(values: Mapping[str, Any]) -> str:
     """Plain values as YAML that `read` reads back to the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def annotated(document: Document) -> str:
+    """The values as YAML, each with the place it comes from as a comment."""
+
+    def lines(values: Mapping[str, Any], key: Key) -> Iterator[tuple[str, str]]:
+        for name, value in values.items():
+            inner, indent = (*key, name), "  " * len(key)
+            if isinstance(value, dict) and value:
+                yield f"{indent}{_flow(name)}:", ""
+                yield from lines(value, inner)
+            else:
+                yield f"{indent}{_flow(name)}: {_flow(value)}", document.where(inner)
+
+    written = list(lines(document.values, ()))
+    width = min(60, max((len(text) for text, where in written if where), default=0))
+    return "".join(f"{text:<{width}}  # {where}\n" if where else f"{text}\n" for text, where in written)
+
+
+def _flow(value: object) -> str:
+    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**6, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def flatten(values: object, prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as upstream_logging
 
-from scalepeft.errors import UserError, did_you_mean, one_line
+from scalepeft.errors import RunFailed, UserError, did_you_mean, one_line
 from scalepeft.fetch import asset_path
 from scalepeft.recipe import Recipe
 from scalepeft.run import RECORD, Run
@@ -76,15 +77,21 @@ def build(recipe: Recipe, labels: Sequence[str]) -> tuple[Trained, list[str]]:
 
 
 def load(run: Run) -> Trained:
-    """The trained model of a run, in evaluation mode on its device: the base of its recipe and the run's own weights."""
-    recipe, labels = run.recipe(), run.record["labels"]
-    if recipe.adapter is None:
-        with _upstream_errors(recipe, "model.name_or_path"):
+    """The trained model of a run, in evaluation mode on its device: the base of its recipe and the run's own weights.
+
+    Raises RunFailed when the run's weights are missing or damaged.
+    """
+    recipe, weights = run.recipe(), str(run.weights)
+    base = None if recipe.adapter is None else _load_base(recipe, run.record["labels"])[0]
+    try:
+        if base is None:
             model = AutoModelForSequenceClassification.from_pretrained(
-                run.weights, dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code
+                weights, dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code
             )
-    else:
-        model = PeftModel.from_pretrained(_load_base(recipe, labels)[0], run.weights)
+        else:
+            model = PeftModel.from_pretrained(base, weights)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise RunFailed(f"{weights} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
     if recipe.quantization is None:
         model = model.to(device())
     return model.eval()

@@ -114,6 +114,8 @@ class ExistingAdapter:
 class Recipe:
     """A recipe after checking: our own sections as values, upstream's as the options they are forwarded with."""
 
+    extends: str | None = None
+    """Another recipe, as a path from this one, whose values hold where this one says nothing; null here removes one of them."""
     task: Literal["sequence-classification"]
     """What is trained."""
     model: Model
@@ -219,12 +221,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="scalepeft check", description=main.__doc__)
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="a recipe, the name of a shipped one, or a folder of them")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, applied to every recipe")
-    given = parser.parse_args(arguments).recipes
+    parser.add_argument("--resolved", action="store_true", help="print each recipe whole, with where each value comes from")
+    options = parser.parse_intermixed_args(arguments)
+    given = options.recipes
     overrides = [text for text in given if "=" in text and not _exists(text)]
     files = [text for text in given if text not in overrides]
     problems = [] if files else ["command line: no recipe is named, only overrides"]
     for path in files:
-        problems += [problem for file in _inside(path) for problem in _problems(file, overrides)]
+        problems += [problem for file in _inside(path) for problem in _problems(file, overrides, resolved=options.resolved)]
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return 0
@@ -238,12 +242,12 @@ def _inside(path: str) -> list[str]:
     return sorted(map(str, pattern.parent.glob(pattern.name))) or [str(pattern)]
 
 
-def _problems(path: str, overrides: Sequence[str]) -> Sequence[str]:
+def _problems(path: str, overrides: Sequence[str], *, resolved: bool) -> Sequence[str]:
     try:
-        load(path, overrides)
+        recipe = load(path, overrides)
     except UserError as error:
         return error.problems
-    print(f"{path}: ok")
+    print(f"# {path}\n{document.annotated(recipe.document)}" if resolved else f"{path}: ok")
     return ()
 
 

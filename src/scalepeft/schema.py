@@ -62,6 +62,8 @@ def recipe() -> Schema:
     for entry in [definitions[ref["$ref"].rpartition("/")[2]] for ref in arguments.values()]:
         entry["properties"] = {name: field for name, field in entry["properties"].items() if name not in check.REFUSED}
     definitions["Data"]["properties"]["evaluation"]["propertyNames"] = {"pattern": check.EVALUATION_NAME}
+    for section in (top, *definitions.values()):
+        del section["required"]  # an extending recipe may leave any key to the one it extends; only the checker sees both
     return {
         "$schema": _DRAFT,
         "title": "a scalepeft recipe",
@@ -97,7 +99,6 @@ def _adapter(definitions: Schema) -> Schema:
     existing = _reference(check.EXISTING_ADAPTER, definitions)
     return {
         "properties": {"peft_type": {"enum": [*types], "description": "The type of adapter."}},
-        "anyOf": [{"required": ["peft_type"]}, {"required": ["name_or_path"]}],
         "allOf": [*_chosen("peft_type", types), {"if": {"required": ["name_or_path"]}, "then": existing}],
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalepeft.console import quiet_upstream, say
-from scalepeft.errors import RunFailed, UserError, program
+from scalepeft.errors import RunFailed, UserError, one_line, program
 from scalepeft.fetch import offline_if_unreachable
 from scalepeft.run import VERIFICATION, Run
 
@@ -60,7 +60,11 @@ def verify(run: Run) -> None:
     """
     offline_if_unreachable(run.recipe())
     quiet_upstream()
-    found = _compare_logits(run) if _fits(run) else _compare_tensors(run)
+    try:
+        found = _compare_logits(run) if _fits(run) else _compare_tensors(run)
+    except RunFailed as error:
+        run.end("failed", str(error))
+        raise RunFailed(f"{run.path}: failed: {error}") from error
     if not found.pop("passed"):
         reason = f"the saved weights do not answer as the trained model did ({_shown(found)})"
         run.end("failed", reason, verification=found)
@@ -94,14 +98,17 @@ def _compare_logits(run: Run) -> dict[str, Any]:
 
 
 def _compare_tensors(run: Run) -> dict[str, Any]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     with safe_open(run.path / VERIFICATION, framework="pt") as file:
         expected = json.loads(file.metadata()["digests"])
     saved: dict[str, str] = {}
     for path in sorted(run.weights.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            saved |= {name: _digest(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # not a dict
+        try:
+            with safe_open(path, framework="pt") as file:
+                saved |= {name: _digest(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # not a dict
+        except SafetensorError as error:
+            raise RunFailed(f"{path} cannot be loaded: {one_line(error)}") from error
     differing = [name for name in {**expected, **saved} if expected.get(name) != saved.get(name)]
     return {
         "method": "tensors",
