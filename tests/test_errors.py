@@ -134,17 +134,14 @@ def test_several_problems_are_told_at_once_each_on_its_line(toy, command):
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 3}}, "cycles"),
         ({"optim_args": "beta1"}, ""),
         ({"report_to": "trackio_of_my_own"}, "trackio_of_my_own"),
-        ({"report_to": "mlflow"}, "mlflow"),
         ({"deepspeed": "no-such-file.json"}, "no-such-file.json"),
         ({"fsdp": "full_shard"}, ""),
         ({"metric_for_best_model": "accurracy", "load_best_model_at_end": True}, "accurracy"),
         ({"dataloader_prefetch_factor": 4}, "prefetch"),
         ({"per_device_train_batch_size": 0}, ""),
         ({"num_train_epochs": -1}, ""),
-        ({"save_steps": 0, "save_strategy": "steps"}, ""),
         ({"logging_steps": 0}, ""),
         ({"torch_compile_backend": "of_my_own"}, "of_my_own"),
-        ({"neftune_noise_alpha": -1.0}, ""),
         ({"use_liger_kernel": True}, ""),
         ({"parallelism_config": {"a": 1}}, ""),
     ],
@@ -153,7 +150,7 @@ def test_several_problems_are_told_at_once_each_on_its_line(toy, command):
 def test_training_options_that_upstream_refuses(fails, toy, training, told):
     found = fails("train", toy(training=training))
     assert "training" in found
-    assert told in found
+    assert told in found.casefold()
 
 
 # --- the model -----------------------------------------------------------------------------------------------------
@@ -247,13 +244,13 @@ def test_an_output_directory_that_is_no_run(fails, toy, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/letter.txt").write_text("dear")
     recipe = toy()
-    assert fails("train", recipe).startswith(line_of(recipe, "output_dir"))
+    assert fails("train", recipe).startswith(line_of(recipe, "output_dir:"))
 
 
 def test_an_output_directory_that_is_a_file(fails, toy, tmp_path):
     (tmp_path / "run").write_text("dear")
     recipe = toy()
-    assert fails("train", recipe).startswith(line_of(recipe, "output_dir"))
+    assert fails("train", recipe).startswith(line_of(recipe, "output_dir:"))
     assert "output_dir" in fails("train", recipe, f"training.output_dir={tmp_path}/run/below")
 
 
@@ -266,7 +263,7 @@ def test_a_damaged_record(fails, toy, tmp_path):
 def test_a_place_where_nothing_can_be_made(fails, toy):
     recipe = toy(training={"output_dir": "/proc/run"})
     found = fails("train", recipe)
-    assert found.startswith(line_of(recipe, "output_dir"))
+    assert found.startswith(line_of(recipe, "output_dir:"))
     assert "/proc" in found
 
 
@@ -285,13 +282,13 @@ def mounted(tmp_path):
 
     yield mount
     if os.path.ismount(folder):
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)  # a traceback may hold a file open
 
 
 def test_a_read_only_disk(fails, toy, mounted):
     recipe = toy(training={"output_dir": str(mounted("ro,size=1m") / "run")})
     found = fails("train", recipe)
-    assert found.startswith(line_of(recipe, "output_dir"))
+    assert found.startswith(line_of(recipe, "output_dir:"))
     assert "cannot be written" in found
 
 

@@ -16,6 +16,7 @@ from scalepeft.upstream import Field, Type
 RECIPE = "scalepeft.recipe:Recipe"
 SOURCE = "scalepeft.recipe:Source"
 HOLDOUT = "scalepeft.recipe:Holdout"
+AUGMENTATION = "scalepeft.recipe:Augmentation"
 EXISTING_ADAPTER = "scalepeft.recipe:ExistingAdapter"
 
 REFUSED = {
@@ -26,6 +27,7 @@ REFUSED = {
 """Fields of upstream's training arguments that a recipe must not set, and why."""
 
 _REFUSED_VALUES: Mapping[str, tuple[object, str]] = {
+    "auto_find_batch_size": (True, "would change the global batch in silence; give a smaller per_device_train_batch_size"),
     "average_tokens_across_devices": (False, "would make the loss depend on the number of processes"),
     "train_sampling_strategy": (
         "batch_rebalance",
@@ -85,7 +87,8 @@ def _homes(forwarded: Mapping[str, str | None]) -> dict[str, Mapping[str, Field]
     top = recipe_fields()
     homes = {name: upstream.fields(reference) for name, reference in forwarded.items() if reference}
     homes |= {name: upstream.fields(section) for name in ("model", "data") if (section := top[name].type.section)}
-    return homes | {"data.train": upstream.fields(SOURCE), "data.holdout": upstream.fields(HOLDOUT), "the top level": top}
+    homes |= {"data.train": upstream.fields(SOURCE), "data.holdout": upstream.fields(HOLDOUT)}
+    return homes | {"data.augmentation": upstream.fields(AUGMENTATION), "the top level": top}
 
 
 def _class(reference: str) -> str:
@@ -239,6 +242,12 @@ def _data(document: Document, data: Mapping[str, Any]) -> Iterator[str]:
         yield f"{document.where(('data', 'text_columns'))}: data.text_columns takes one column or a pair, not {len(columns)}"
     if isinstance(size, int | float) and not size > 0:
         yield f"{document.where(('data', 'holdout', 'size'))}: data.holdout.size must be above 0"
+    share, copies = (_mapping(data.get("augmentation")).get(name) for name in ("share", "copies"))
+    if isinstance(share, int | float) and not 0 < share <= 1:
+        where = document.where(("data", "augmentation", "share"))
+        yield f"{where}: data.augmentation.share must be above 0 and at most 1"
+    if isinstance(copies, int) and copies < 1:
+        yield f"{document.where(('data', 'augmentation', 'copies'))}: data.augmentation.copies must be at least 1"
 
 
 def _sources(data: Mapping[str, Any]) -> Iterator[tuple[Key, Mapping[str, Any]]]:

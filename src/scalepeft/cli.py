@@ -15,6 +15,8 @@ COMMANDS = {
     "fetch": ("scalepeft.fetch:main", "bring the small models and data of the quickstart"),
     "evaluate": ("scalepeft.predict:evaluate_main", "measure a trained run on labelled rows"),
     "predict": ("scalepeft.predict:main", "label rows with a trained run"),
+    "compare": ("scalepeft.compare:main", "show what differs between runs, in one table or page"),
+    "sweep": ("scalepeft.sweep:main", "train a recipe with every combination of some values"),
 }
 """Each verb's function, as `module:function`, and what it does."""
 

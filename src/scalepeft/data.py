@@ -1,7 +1,7 @@
-"""The rows: loaded, checked, mixed, tokenised once and kept.
+"""The rows: loaded, checked, mixed, augmented, tokenised once and kept.
 
 One process prepares, before any process group exists; the others, and later runs, find the rows in the cache under a key
-made of everything they depend on: the tokenizer, the content of the sources, the settings and the format.
+made of everything they depend on: the tokenizer, the content of the sources and of WordNet, the settings and the format.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ import pyarrow as pa
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from scalepeft import augment
 from scalepeft import labels as labelling
+from scalepeft.augment import Augmenter
 from scalepeft.errors import UserError, disk_full, one_line
 from scalepeft.fetch import cache_dir, sources
 from scalepeft.labels import Labels
@@ -59,7 +61,9 @@ class Prepared:
 
     name: str
     rows: datasets.Dataset
-    """input_ids, token_type_ids where the tokenizer gives them, labels, length (tokens) and row (in its source, from 0)."""
+    """input_ids, token_type_ids where the tokenizer gives them, labels, length (tokens) and row (in its source, from 0).
+
+    Augmented ones also have origin: a number shared by an original, which stands first, and its copies."""
     dropped: Mapping[str, int]
     """How many rows were left out, by reason."""
     source: Sequence[Mapping[str, Any]]
@@ -68,6 +72,8 @@ class Prepared:
     """The cache key."""
     reused: bool
     """Whether the rows were found in the cache."""
+    copies: int = 0
+    """How many augmented copies each row was to have."""
 
     @property
     def lengths(self) -> Integers:
@@ -78,6 +84,24 @@ class Prepared:
     def labels(self) -> Integers:
         """The label of each row; labels.UNLABELLED where it has none."""
         return self._column("labels")
+
+    @property
+    def augmented(self) -> dict[str, int]:
+        """How many copies were added, and left out because nothing in them was replaced; empty without augmentation."""
+        if not self.copies:
+            return {}
+        added = len(self.rows) - len(self.originals)
+        return {"added": added, "left_out": self.copies * len(self.originals) - added}
+
+    @property
+    def origins(self) -> Integers:
+        """The number of the original of each row."""
+        return self._column("origin") if self.copies else np.arange(len(self.rows))
+
+    @property
+    def originals(self) -> Integers:
+        """The places of the rows that are no augmented copies."""
+        return np.sort(np.unique(self.origins, return_index=True)[1])
 
     def _column(self, name: str) -> Integers:
         whole: Integers = self.rows.data.column(name).to_numpy().astype(np.int64)
@@ -95,7 +119,7 @@ class Corpus:
     label_names: list[str]
     """The names of labels 0, 1, ..."""
     revisions: Mapping[str, str]
-    """By the path of each source: the commit of a Hub id, the sha256 of a file."""
+    """By the path of each source: the commit of a Hub id, the sha256 of a file; by WordNet's folder: its version and sha256."""
 
     @property
     def sets(self) -> dict[str, Prepared]:
@@ -118,10 +142,11 @@ def prepare(
     parts = {key: _part(recipe, key, source) for key, source in sources(recipe)}
     training = [part for key, part in parts.items() if not key.startswith("data.evaluation.")]
     preparation = _Preparation(recipe, tokenizer, limit)
+    augmenter = augment.augmenter(recipe) if need_train else None  # a holdout is the same without
     labels = labelling.declared(recipe, [part.opened for part in training], label_names)
     train: Prepared | None = None
     if need_train or recipe.data.holdout:
-        train, labels = preparation("train", training, labels)
+        train, labels = preparation("train", training, labels, augmenter)
         if len(present := np.unique(train.labels)) < 2:
             only = labels.names[int(present[0])]
             raise recipe.error("data.train", f"all {len(train.rows):,} training rows have the one label {only!r}")
@@ -135,7 +160,8 @@ def prepare(
         train=train if need_train else None,
         evaluation=evaluation,
         label_names=labels.names,
-        revisions={part.source.path: part.opened.revision for part in parts.values()},
+        revisions={part.source.path: part.opened.revision for part in parts.values()}
+        | ({str(augmenter.wordnet.folder): augmenter.wordnet.version} if augmenter else {}),
     )
 
 
@@ -226,8 +252,10 @@ class _Preparation:
         self.drop = recipe.data.on_bad_rows == "drop"
         self.digest = _tokenizer_digest(tokenizer)
 
-    def __call__(self, name: str, parts: Sequence[_Part], labels: Labels | None) -> tuple[Prepared, Labels]:
-        key = self._key(parts, labels)
+    def __call__(
+        self, name: str, parts: Sequence[_Part], labels: Labels | None, augmenter: Augmenter | None = None
+    ) -> tuple[Prepared, Labels]:
+        key = self._key(parts, labels, augmenter)
         folder = cache_dir() / "prepared" / key
         info = _complete(folder)
         reused = info is not None
@@ -237,7 +265,7 @@ class _Preparation:
                 with FileLock(folder.parent / f".{key}.lock"):
                     info = _complete(folder)  # another process was at it
                     reused = info is not None
-                    info = info or self._bring(folder, parts, labels)
+                    info = info or self._bring(folder, parts, labels, augmenter)
             except OSError as error:
                 reason = "the disk is full" if disk_full(error) else one_line(error)
                 raise UserError(f"{folder}: cannot be written: {reason}; set SCALEPEFT_CACHE to another folder") from error
@@ -246,10 +274,13 @@ class _Preparation:
             for part, counts in zip(parts, info["sources"], strict=True)
         ]
         rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-        prepared = Prepared(name=name, rows=rows, dropped=info["dropped"], source=described, key=key, reused=reused)
+        copies = augmenter.copies if augmenter else 0
+        prepared = Prepared(
+            name=name, rows=rows, dropped=info["dropped"], source=described, key=key, reused=reused, copies=copies
+        )
         return prepared, labels or Labels(names=info["label_names"], declared=False)
 
-    def _key(self, parts: Sequence[_Part], labels: Labels | None) -> str:
+    def _key(self, parts: Sequence[_Part], labels: Labels | None, augmenter: Augmenter | None) -> str:
         chosen = ("first_rows", "sample_rows", "sample_seed", "weight")
         settings = {
             "format": FORMAT,
@@ -263,9 +294,13 @@ class _Preparation:
                 for part in parts
             ],
         }
+        if augmenter:
+            settings["augmentation"] = augmenter.identity
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _bring(self, folder: Path, parts: Sequence[_Part], labels: Labels | None) -> dict[str, Any]:
+    def _bring(
+        self, folder: Path, parts: Sequence[_Part], labels: Labels | None, augmenter: Augmenter | None
+    ) -> dict[str, Any]:
         for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that died: the lock is ours
             shutil.rmtree(leftover)
         beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -273,7 +308,7 @@ class _Preparation:
         try:
             chosen = _read(parts)
             labels = labels or labelling.found(self.recipe, [c.labels() for c in chosen])
-            info = {"label_names": labels.names, **self._write(beside / "rows.arrow", chosen, labels)}
+            info = {"label_names": labels.names, **self._write(beside / "rows.arrow", chosen, labels, augmenter)}
             with (beside / "info.json").open("w", encoding="utf-8") as stream:
                 json.dump(info, stream, indent=1)
                 stream.flush()
@@ -285,7 +320,9 @@ class _Preparation:
             shutil.rmtree(beside, ignore_errors=True)
         return info
 
-    def _write(self, file: Path, chosen: Sequence[_Chosen], labels: Labels) -> dict[str, Any]:
+    def _write(
+        self, file: Path, chosen: Sequence[_Chosen], labels: Labels, augmenter: Augmenter | None
+    ) -> dict[str, Any]:
         pair = len(chosen[0].part.wanted.texts) == 2
         special = self.tokenizer.num_special_tokens_to_add(pair=pair)
         if self.limit <= special:
@@ -294,10 +331,12 @@ class _Preparation:
         features = {"input_ids": ids, "labels": number, "length": datasets.Value("int32"), "row": number}
         if "token_type_ids" in self.tokenizer.model_input_names:
             features["token_type_ids"] = datasets.List(datasets.Value("int8"))
+        if augmenter:
+            features["origin"] = number
         schema = datasets.Features(features).arrow_schema
         dropped, listed, written = Counter[str](), list[str](), 0
         with file.open("wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
-            for columns, bad in self._rows(chosen, labels):
+            for columns, bad in self._rows(chosen, labels, augmenter):
                 for place, problem in bad:
                     dropped[problem.reason] += 1
                     if len(listed) < _LISTED:
@@ -324,9 +363,11 @@ class _Preparation:
         hint = "to leave such rows out, and have them counted, set data.on_bad_rows: drop"
         return self.recipe.error("data.on_bad_rows", f"{which} of {paths} cannot be used{unlisted}; {hint}")
 
-    def _rows(self, chosen: Sequence[_Chosen], labels: Labels) -> Iterator[tuple[dict[str, list[Any]], list[tuple[str, Bad]]]]:
+    def _rows(
+        self, chosen: Sequence[_Chosen], labels: Labels, augmenter: Augmenter | None
+    ) -> Iterator[tuple[dict[str, list[Any]], list[tuple[str, Bad]]]]:
         """Batches of tokenised rows, each with the rows that cannot be used. After one such, tokenising may be in vain."""
-        failed = False
+        failed, originals = False, 0
         for part in chosen:
             numbers = labels.numbers(part.labels(), part.part.opened, part.part.wanted)
             for start in range(0, len(part.rows), _BATCH):
@@ -334,20 +375,43 @@ class _Preparation:
                 texts = [_take(column, rows) for column in part.table.texts]
                 good, bad = _sorted_out(part, rows.tolist(), texts, numbers[start : start + _BATCH])
                 failed = failed or bool(bad and not self.drop)
-                columns: dict[str, list[Any]] = {"row": []}
-                if good["row"] and not failed:
-                    columns = self._tokenised(good, len(texts))
-                    if 0 in columns["length"]:
-                        without = [n for n, length in enumerate(columns["length"]) if not length]
-                        bad += [(_place(part, columns["row"][n]), Bad(reason=NO_TOKENS)) for n in without]
-                        columns = {k: [v for n, v in enumerate(vs) if columns["length"][n]] for k, vs in columns.items()}
+                if failed or not good["row"]:
+                    yield {"row": []}, bad
+                    continue
+                count = len(good["row"])
+                if augmenter:
+                    good = _with_copies(good, augmenter, originals)
+                columns, empty = self._tokenised(good, len(texts))
+                bad += [(_place(part, good["row"][n]), Bad(reason=NO_TOKENS)) for n in empty if n < count]
+                originals += count
                 yield columns, bad
 
-    def _tokenised(self, good: Mapping[str, list[Any]], texts: int) -> dict[str, list[Any]]:
+    def _tokenised(self, good: Mapping[str, list[Any]], texts: int) -> tuple[dict[str, list[Any]], list[int]]:
+        """The columns of the rows that give tokens, and the places of those that give none."""
         pairs = [good["0"], good["1"]] if texts == 2 else [good["0"]]
         tokens = self.tokenizer(*pairs, truncation=True, max_length=self.limit, return_attention_mask=False)
-        ids = tokens["input_ids"]
-        return {**tokens, "labels": good["labels"], "length": list(map(len, ids)), "row": good["row"]}
+        lengths = list(map(len, tokens["input_ids"]))
+        others = {name: good[name] for name in ("labels", "row", "origin") if name in good}
+        columns: dict[str, list[Any]] = {**tokens, **others, "length": lengths}
+        empty = [n for n, length in enumerate(lengths) if not length]
+        if empty:
+            gone = {good["origin"][n] for n in empty} if "origin" in good else set()
+            keep = [n for n in range(len(lengths)) if lengths[n] and not ("origin" in good and good["origin"][n] in gone)]
+            columns = {name: [values[n] for n in keep] for name, values in columns.items()}
+        return columns, empty
+
+
+def _with_copies(good: Mapping[str, list[Any]], augmenter: Augmenter, first: int) -> dict[str, list[Any]]:
+    """Usable rows, numbered by origin from `first`, and after them their augmented copies that differ."""
+    fields = [name for name in ("0", "1") if name in good]
+    rows = {**good, "origin": list(range(first, first + len(good["row"])))}
+    for place in range(len(good["row"])):
+        texts = tuple(good[name][place] for name in fields)
+        for copy in augmenter.copies_of(texts):
+            new = dict(zip(fields, copy, strict=True))
+            for name, values in rows.items():
+                values.append(new.get(name, values[place]))
+    return rows
 
 
 def _take(column: pa.ChunkedArray, rows: Integers) -> list[str | None]:
@@ -417,11 +481,13 @@ def _cut(recipe: Recipe, train: Prepared) -> tuple[Prepared, Prepared]:
     holdout = recipe.data.holdout
     assert holdout is not None  # noqa: S101  # the caller's condition
     size = holdout.size if holdout.size < 1 else int(holdout.size)
-    strata = train.labels if holdout.stratified else None
+    strata = train.labels[train.originals] if holdout.stratified else None
     try:
-        kept, held = train_test_split(np.arange(len(train.rows)), test_size=size, random_state=holdout.seed, stratify=strata)
+        kept, held = train_test_split(train.originals, test_size=size, random_state=holdout.seed, stratify=strata)
     except ValueError as error:
         hint = "; data.holdout.stratified: false draws without regard to labels" if holdout.stratified else ""
         raise recipe.error("data.holdout", f"cannot be cut: {one_line(error)}{hint}") from None
+    if train.copies:
+        kept = np.flatnonzero(np.isin(train.origins, train.origins[kept]))  # with their copies
     rest = replace(train, rows=train.rows.select(np.sort(kept)))
-    return rest, replace(train, name="holdout", rows=train.rows.select(np.sort(held)), dropped={})
+    return rest, replace(train, name="holdout", rows=train.rows.select(np.sort(held)), dropped={}, copies=0)

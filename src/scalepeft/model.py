@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,8 +54,10 @@ def longest_input(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
     return int(min(positions, tokenizer.model_max_length))
 
 
-def build(recipe: Recipe, labels: Sequence[str]) -> tuple[Trained, list[str]]:
+def build(recipe: Recipe, labels: Sequence[str], *, total_steps: int) -> tuple[Trained, list[str]]:
     """The model to train and the names of those of its parameters that the checkpoint does not have (the new head).
+
+    `total_steps` is the length of the run in optimizer steps, which AdaLoRA's schedule needs to know.
 
     Raises UserError for what the recipe got wrong: an unreachable base, a checkpoint without the backbone's weights, a
     configuration key that the model does not have, target modules that match nothing.
@@ -62,18 +65,25 @@ def build(recipe: Recipe, labels: Sequence[str]) -> tuple[Trained, list[str]]:
     base, new = _load_base(recipe, labels)
     if recipe.quantization is not None:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=_checkpoints_activations(recipe))
+    return adapted(recipe, base, total_steps=total_steps), new
+
+
+def adapted(recipe: Recipe, base: PreTrainedModel, *, total_steps: int) -> Trained:
+    """The base with the recipe's adapter: a new one, an existing one to continue from, or none."""
     options = recipe.adapter
     if options is None:
-        return base, new
+        return base
     if "name_or_path" in options:
         with _upstream_errors(recipe, "adapter.name_or_path"):
             path = adapter_path(str(options["name_or_path"]))
-            return PeftModel.from_pretrained(base, path, revision=options.get("revision"), is_trainable=True), new
+            return PeftModel.from_pretrained(base, path, revision=options.get("revision"), is_trainable=True)
+    given = {"task_type": TaskType.SEQ_CLS, **{k: v for k, v in options.items() if k != "peft_type"}}
+    if options["peft_type"] == "ADALORA":
+        given.setdefault("total_step", total_steps)
     with _upstream_errors(recipe, "adapter"):
-        given = {"task_type": TaskType.SEQ_CLS, **{k: v for k, v in options.items() if k != "peft_type"}}
         model = get_peft_model(base, PEFT_TYPE_TO_CONFIG_MAPPING[options["peft_type"]](**given))
     model.peft_config["default"].revision = recipe.model.revision
-    return model, new
+    return model
 
 
 def load(run: Run) -> Trained:
@@ -209,8 +219,11 @@ def _upstream_errors(recipe: Recipe, key: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+    except (*_UPSTREAM_RAISES, SafetensorError, re.error) as error:
         raise recipe.error(key, _explained(recipe, key, error)) from error
+
+
+_UPSTREAM_RAISES = (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError)
 
 
 def _explained(recipe: Recipe, key: str, error: Exception) -> str:

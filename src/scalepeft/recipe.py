@@ -16,7 +16,8 @@ from scalepeft.errors import UserError, did_you_mean, program
 from scalepeft.upstream import Field, Type
 
 __all__ = [
-    "Data", "ExistingAdapter", "Holdout", "Model", "Recipe", "Source", "dump", "find", "flatten", "load", "shipped_recipes",
+    "Augmentation", "Data", "ExistingAdapter", "Holdout", "Model", "Recipe", "Source", "dump", "find", "flatten", "load",
+    "shipped_recipes",
 ]  # fmt: skip
 
 
@@ -79,6 +80,20 @@ class Holdout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Copies of the training rows in which some words are replaced by synonyms of WordNet."""
+
+    share: float = 0.1
+    """The share of a text's words to replace, rounded down; at least one, where any can be."""
+    copies: int = 1
+    """Augmented copies of each training row, beside the row itself; one that does not differ is left out."""
+    seed: int = 42
+    """The seed of the choice of words and synonyms."""
+    wordnet: str | None = None
+    """A folder with WordNet's data.noun, index.noun, ...; found in the usual places when absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """What is trained and evaluated on."""
 
@@ -88,6 +103,8 @@ class Data:
     """Evaluation sets by name. The first is the main one: its metrics are eval_*, the others' eval_NAME_*."""
     holdout: Holdout | None = None
     """Cut an evaluation set from the training rows; it then is the main one."""
+    augmentation: Augmentation | None = None
+    """Add copies of the training rows with some words replaced by synonyms; evaluation rows stay as they are."""
     text_columns: str | list[str] = "text"
     """The column of the text, or the two columns of a pair."""
     label_column: str = "label"
@@ -203,7 +220,7 @@ def _values(section: Mapping[str, Any], known: Mapping[str, Field]) -> dict[str,
     return {name: _value(value, known[name].type) for name, value in section.items() if value is not None}
 
 
-_OURS = {f"{__package__}.recipe:{kind.__name__}": kind for kind in (Model, Source, Holdout, Data)}
+_OURS = {f"{__package__}.recipe:{kind.__name__}": kind for kind in (Model, Source, Holdout, Augmentation, Data)}
 
 
 def _value(value: Any, kind: Type) -> Any:

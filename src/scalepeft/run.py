@@ -109,6 +109,8 @@ class RunRecord:
     """Every named set's metrics before and after, with the per-class table and the confusion matrix (rows: truth)."""
     best: dict[str, Any] | None = None
     """Step, metric and value of the best checkpoint, when one is tracked."""
+    ranks: dict[str, Any] | None = None
+    """AdaLoRA: the initial and the final rank of each adapted module."""
     seconds: float = 0.0
     """Seconds of training over all sessions of the run, evaluations included, loading and preparing not."""
     samples_per_second: float | None = None

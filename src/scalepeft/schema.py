@@ -57,7 +57,7 @@ def recipe() -> Schema:
     for name, section in sections.items():
         description = top["properties"][name]["description"]
         top["properties"][name] = {"description": description, "type": ["object", "null"], "allOf": [section]}
-    for forwarded in set(definitions) - {"Model", "Source", "Holdout", "Data"}:
+    for forwarded in set(definitions) - {"Model", "Source", "Holdout", "Augmentation", "Data"}:
         del definitions[forwarded]["type"]  # its section says it: a mapping, or null to remove it
     for entry in [definitions[ref["$ref"].rpartition("/")[2]] for ref in arguments.values()]:
         entry["properties"] = {name: field for name, field in entry["properties"].items() if name not in check.REFUSED}

@@ -41,7 +41,14 @@ def session(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, *,
             raise UserError(f"{run.path}: another process is training there") from None
         except OSError as error:
             raise recipe.error("training.output_dir", f"{run.path} cannot be written: {error.strerror}") from None
-        _open(recipe, run, corpus)
+        new = not run.record
+        try:
+            _open(recipe, run, corpus)
+        except (OSError, UserError) as error:
+            if new:
+                shutil.rmtree(run.path, ignore_errors=True)
+            lock.release()
+            raise _mendable(run, error) or error from None
         trainer.add_callback(MetricsLog(run))
     trainer.accelerator.wait_for_everyone()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import math
+import contextlib
 import os
 import shutil
 import sys
@@ -63,7 +63,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
     from scalepeft import data, model
     from scalepeft.session import session
     from scalepeft.tasks import TASKS
-    from scalepeft.trainer import RecipeTrainer
+    from scalepeft.trainer import RecipeTrainer, step_batches, total_steps
 
     tokenizer = model.tokenizer(recipe)
     corpus = data.prepare(recipe, tokenizer, limit=model.longest_input(recipe, tokenizer))
@@ -71,13 +71,19 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
         recipe, run, corpus, resumed=state == "unfinished"
     )  # several processes form their group here, after all preparation
     set_seed(arguments.seed)
-    built, new = model.build(recipe, corpus.label_names)
+    batches = step_batches(arguments, corpus.sets["train"].lengths)
+    built, new = model.build(recipe, corpus.label_names, total_steps=total_steps(arguments, batches))
     task = TASKS[recipe.task](tokenizer, corpus.label_names, label_smoothing=arguments.label_smoothing_factor)
     try:
         trainer = RecipeTrainer(recipe, model=built, args=arguments, task=task, run=run, corpus=corpus)
-    except (ValueError, RuntimeError, ImportError) as error:
+        trainer.make_optimizer()
+    except OSError as error:
+        raise recipe.error("training.output_dir", f"{run.path} cannot be written: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        with contextlib.suppress(OSError):  # upstream has made the directory already; only an empty one goes
+            run.path.rmdir()
         raise recipe.error("training", one_line(error)) from error
-    if not len(trainer.step_batches()):
+    if not len(batches):
         raise recipe.error("training.dataloader_drop_last", "leaves no batch: there are fewer rows than one step takes")
     with session(recipe, run, corpus, trainer, fresh=fresh) as checkpoint:
         _describe(recipe, run, corpus, trainer, new)
@@ -110,7 +116,7 @@ def _arguments(recipe: Recipe, run: Run, corpus: Corpus, *, resumed: bool) -> Tr
     os.environ["ACCELERATE_MIXED_PRECISION"] = next((p for p in ("bf16", "fp16") if given.get(p)), "no")
     try:
         arguments = TrainingArguments(**given)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise recipe.error("training", one_line(error)) from error
     # one process drives one device: upstream would start DataParallel, which multiplies the batch, and has no option against it
     arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001
@@ -139,6 +145,7 @@ def _describe(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, 
     import torch
 
     from scalepeft import model, report
+    from scalepeft.trainer import steps_per_epoch, total_steps
 
     args, batches, counts = trainer.args, trainer.step_batches(), model.parameters(trainer.model)
     dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
@@ -153,9 +160,7 @@ def _describe(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, 
         "threads": torch.get_num_threads(),
         "precision": precision,
     }
-    epochs = args.num_train_epochs
-    per_epoch = -(-len(batches) // args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * per_epoch)
+    steps, per_epoch = total_steps(args, batches), steps_per_epoch(args, batches)
     if args.process_index == 0:
         run.update(
             layout=layout, parameters=counts, max_steps=steps, revisions={**corpus.revisions, **_revision(recipe, trainer)}
@@ -196,6 +201,8 @@ def _record_training(run: Run, corpus: Corpus, trainer: RecipeTrainer, seconds: 
 
     import torch
 
+    from scalepeft import adalora
+
     if trainer.args.process_index != 0:
         return
     state = trainer.state
@@ -203,6 +210,7 @@ def _record_training(run: Run, corpus: Corpus, trainer: RecipeTrainer, seconds: 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     if trainer.args.device.type != "cpu":
         peak = torch.accelerator.max_memory_allocated()
+    ranks = adalora.ranks(trainer.model) if adalora.allocates_ranks(trainer.model) else None
     best = {"step": state.best_global_step, "metric": trainer.args.metric_for_best_model, "value": state.best_metric}
     run.update(
         step=state.global_step,
@@ -210,6 +218,7 @@ def _record_training(run: Run, corpus: Corpus, trainer: RecipeTrainer, seconds: 
         samples_per_second=round((state.epoch or 0) * len(corpus.sets["train"].rows) / seconds, 3),
         peak_memory_bytes=peak,
         best=best if state.best_global_step else None,
+        ranks=ranks,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
-from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, ProgressCallback, Trainer
+from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from scalepeft.adalora import RankAllocation, allocates_ranks, load_ranks_state, orthogonality, ranks_state
 from scalepeft.callbacks import Progress
 from scalepeft.checkpoint import load_state, publish, save_state
 from scalepeft.data import Corpus
@@ -46,6 +48,31 @@ class Rows(Dataset[dict[str, Any]]):
         return rows
 
 
+def step_batches(args: TrainingArguments, lengths: NDArray[np.integer]) -> StepBatches:
+    """The micro-batches of this process in training; `lengths` has one entry a row."""
+    return StepBatches(
+        lengths,
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        processes=args.world_size,
+        process=args.process_index,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        strategy=args.train_sampling_strategy,
+        drop_last=args.dataloader_drop_last,
+    )
+
+
+def steps_per_epoch(args: TrainingArguments, batches: StepBatches) -> int:
+    """Optimizer steps of an epoch; the last may hold fewer rows."""
+    accumulation: int = args.gradient_accumulation_steps
+    return math.ceil(len(batches) / accumulation)
+
+
+def total_steps(args: TrainingArguments, batches: StepBatches) -> int:
+    """Optimizer steps of the whole run."""
+    return int(args.max_steps) if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch(args, batches))
+
+
 class RecipeTrainer(Trainer):  # type: ignore[misc]
     """Trains the same whatever the layout, evaluates every named set, and leaves no pickle behind.
 
@@ -66,7 +93,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
             processing_class=task.tokenizer,
             train_dataset=Rows(corpus.sets["train"].rows),
             eval_dataset={name: Rows(prepared.rows) for name, prepared in corpus.evaluation.items()} or None,
-            compute_loss_func=task.loss,
+            compute_loss_func=self._loss,
             compute_metrics=self._compute_metrics,
             preprocess_logits_for_metrics=task.reduce,
             callbacks=[EarlyStoppingCallback(**recipe.early_stopping)] if recipe.early_stopping is not None else None,
@@ -75,24 +102,24 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         for upstream in (PrinterCallback, ProgressCallback):
             self.remove_callback(upstream)
         self.add_callback(Progress())
+        if allocates_ranks(self.model):
+            self.add_callback(RankAllocation())
         self.task, self.run = task, run
         self.lengths = {name: prepared.lengths for name, prepared in corpus.sets.items()}
         self.evaluations: dict[int, dict[str, dict[str, Any]]] = {}
         self._details: dict[str, Any] = {}
 
+    def make_optimizer(self) -> None:
+        """Make the optimizer, and a scheduler to try its options: what upstream refuses it refuses before the run is opened."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # theirs come with the engine
+            return
+        self.create_optimizer()
+        self.create_scheduler(num_training_steps=100, optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0))
+        self.lr_scheduler, self._created_lr_scheduler = None, False
+
     def step_batches(self) -> StepBatches:
         """The micro-batches of this process in training."""
-        args = self.args
-        return StepBatches(
-            self.lengths["train"],
-            batch_size=self._train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            processes=args.world_size,
-            process=args.process_index,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-            strategy=args.train_sampling_strategy,
-            drop_last=args.dataloader_drop_last,
-        )
+        return step_batches(self.args, self.lengths["train"])
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches of this process, in the project's own order."""
@@ -149,6 +176,13 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
             self.run.update(evaluation={name: {"before": found} for name, found in measured.items()})
         return figures
 
+    def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        loss = self.task.loss(outputs, labels, num_items_in_batch)
+        if self.model.training and num_items_in_batch is not None and allocates_ranks(self.model):
+            # each micro-batch bears its rows' share, so that processes and accumulation add up to it once
+            loss = loss + orthogonality(self.model) * (labels != IGNORED).sum() / num_items_in_batch
+        return loss
+
     def _compute_metrics(self, predicted: EvalPrediction) -> dict[str, float]:
         self._details = self.task.details(predicted.predictions, predicted.label_ids)
         return self.task.metrics(predicted.predictions, predicted.label_ids)
@@ -156,9 +190,13 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
     # --- checkpoints: no pickles, published last ----------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:  # a pickle of all arguments, which nothing here reads
-            Path(output_dir or self.args.output_dir, "training_args.bin").unlink()
+        # as upstream, without training_args.bin: a pickle of all arguments, which nothing here reads
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # rotate after publishing, not before
@@ -166,13 +204,30 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            publish(self.run.path / f"checkpoint-{self.state.global_step}", self.state.global_step)
+            checkpoint = self.run.path / f"checkpoint-{self.state.global_step}"
+            if allocates_ranks(self.model):
+                save_state(ranks_state(self.model), checkpoint / "ranks.safetensors")
+            publish(checkpoint, self.state.global_step)
             rotate_checkpoints(str(self.run.path), limit, self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if allocates_ranks(self.model):  # the adapter file beside holds only the ranks that are left
+            load_ranks_state(self.model, load_state(Path(resume_from_checkpoint, "ranks.safetensors")))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if allocates_ranks(self.model):
+            load_ranks_state(self.model, load_state(Path(self.state.best_model_checkpoint, "ranks.safetensors")))
+        else:
+            super()._load_best_model()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # sharded states have formats of their own
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
+            assert self.optimizer is not None
+            assert self.lr_scheduler is not None
             save_state(self.optimizer.state_dict(), Path(output_dir, "optimizer.safetensors"))
             save_state(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.safetensors"))
 
@@ -180,6 +235,8 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         self.optimizer.load_state_dict(load_state(Path(checkpoint, "optimizer.safetensors")))
         self.lr_scheduler.load_state_dict(load_state(Path(checkpoint, "scheduler.safetensors")))
 
