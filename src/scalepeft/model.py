@@ -6,12 +6,21 @@ import contextlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    prepare_model_for_kbit_training,
+)
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -65,18 +74,16 @@ def build(recipe: Recipe, labels: Sequence[str], *, total_steps: int) -> tuple[T
     base, new = _load_base(recipe, labels)
     if recipe.quantization is not None:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=_checkpoints_activations(recipe))
+    if recipe.adapter is not None and "name_or_path" in recipe.adapter:
+        return _continued(recipe, base, new)
     return adapted(recipe, base, total_steps=total_steps), new
 
 
 def adapted(recipe: Recipe, base: PreTrainedModel, *, total_steps: int) -> Trained:
-    """The base with the recipe's adapter: a new one, an existing one to continue from, or none."""
+    """The base with a new adapter as the recipe describes it, or as it is when the recipe has none."""
     options = recipe.adapter
     if options is None:
         return base
-    if "name_or_path" in options:
-        with _upstream_errors(recipe, "adapter.name_or_path"):
-            path = adapter_path(str(options["name_or_path"]))
-            return PeftModel.from_pretrained(base, path, revision=options.get("revision"), is_trainable=True)
     given = {"task_type": TaskType.SEQ_CLS, **{k: v for k, v in options.items() if k != "peft_type"}}
     if options["peft_type"] == "ADALORA":
         given.setdefault("total_step", total_steps)
@@ -84,6 +91,30 @@ def adapted(recipe: Recipe, base: PreTrainedModel, *, total_steps: int) -> Train
         model = get_peft_model(base, PEFT_TYPE_TO_CONFIG_MAPPING[options["peft_type"]](**given))
     model.peft_config["default"].revision = recipe.model.revision
     return model
+
+
+def _continued(recipe: Recipe, base: PreTrainedModel, new: list[str]) -> tuple[PeftModel, list[str]]:
+    """The base with an existing adapter to train on. Its head is new when it was trained on another number of labels."""
+    options: Mapping[str, Any] = recipe.adapter or {}
+    source = {"revision": options["revision"]} if options.get("revision") else {}
+    with _upstream_errors(recipe, "adapter.name_or_path"):
+        path = adapter_path(str(options["name_or_path"]))
+        if Path(path).is_dir() and not Path(path, "adapter_config.json").is_file():
+            raise recipe.error("adapter.name_or_path", f"{path} holds no adapter (no adapter_config.json)")
+        saved = load_peft_weights(path, device="cpu", **source)
+        with warnings.catch_warnings():  # peft warns of what is checked below
+            warnings.filterwarnings("ignore", message="Some weights of PeftModel")
+            model = PeftModel.from_pretrained(base, path, is_trainable=True, ignore_mismatched_sizes=True, **source)
+    built = get_peft_model_state_dict(model)
+    unused = [name for name in saved if name not in built]
+    differing = [name for name in saved if name in built and saved[name].shape != built[name].shape]
+    heads = tuple(f".{name}." for name in model.peft_config["default"].modules_to_save or ())
+    foreign = unused + [name for name in differing if not any(head in name for head in heads)]
+    if foreign:
+        told = f"{len(foreign)} of its {len(saved)} tensors do not fit {recipe.model.name_or_path} ({foreign[0]}, ...)"
+        raise recipe.error("adapter.name_or_path", told)
+    head_was_saved = any(head in name for name in saved for head in heads)
+    return model, differing if head_was_saved else new
 
 
 def load(run: Run) -> Trained:
@@ -233,8 +264,8 @@ def _explained(recipe: Recipe, key: str, error: Exception) -> str:
     name = recipe.model.name_or_path if key.startswith("model") else (recipe.adapter or {}).get("name_or_path", "")
     if "couldn't connect" in text or "offline mode" in text.lower() or "outgoing traffic has been disabled" in text:
         return f"{name!r} is not in the cache ({HF_HUB_CACHE}) and the Hub cannot be reached; fetch it where there is a network"
-    if "is not a local folder and is not a valid model identifier" in text:
-        return f"{name!r} is neither a folder nor a model of the Hub that this token may read"
+    if "is not a local folder and is not a valid model identifier" in text or text.startswith("Repo id must"):
+        return f"{name!r} is neither a folder here nor an id of the Hub that this token may read"
     if ("Target modules" in text and "not found" in text) or "No modules were targeted" in text:
         return f"target_modules {(recipe.adapter or {}).get('target_modules')!r} match no module of {recipe.model.name_or_path}"
     return text if len(text) < 300 else f"{text[:300]}..."
