@@ -17,6 +17,10 @@ from scalepeft.console import note
 from scalepeft.run import Run
 
 
+SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+"""Endings of what upstream measures beside the metrics of an evaluation."""
+
+
 class MetricsLog(TrainerCallback):  # type: ignore[misc]
     """Appends what is measured to metrics.jsonl."""
 
@@ -24,8 +28,12 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
         self.run = run
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        """Keep the documented keys; the Trainer's closing summary has none of them."""
-        measured = {k: v for k, v in logs.items() if k in ("loss", "grad_norm", "learning_rate") or k.startswith("eval_")}
+        """Keep the documented keys: no times, so that the same training writes the same bytes."""
+        measured = {
+            k: v
+            for k, v in logs.items()
+            if k in ("loss", "grad_norm", "learning_rate") or (k.startswith("eval_") and not k.endswith(SPEED))
+        }
         if measured and state.is_world_process_zero:
             self.run.log({"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **measured})
 

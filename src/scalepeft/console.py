@@ -49,3 +49,5 @@ def quiet_upstream() -> None:
     # peft 0.21 reads a name that transformers 5.23 renamed, DeepSpeed 0.19 calls functions that torch 2.13 renamed
     warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    # peft takes AdaLoRA's own rank pattern, by its tensors' names, for LoRA's, by modules' names
+    warnings.filterwarnings("ignore", message=r"The following rank_pattern keys .*\.lora_E'", category=RuntimeWarning)

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from scalepeft.adalora import RankAllocation, allocates_ranks, load_ranks_state, orthogonality, ranks_state
-from scalepeft.callbacks import Progress
+from scalepeft.adalora import RankAllocation, allocates_ranks, load_ranks_state, orthogonality, ranks_may_be_zero, ranks_state
+from scalepeft.callbacks import SPEED, Progress
 from scalepeft.checkpoint import load_state, publish, save_state
 from scalepeft.data import Corpus
 from scalepeft.recipe import Recipe
@@ -170,7 +170,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
             prefix = f"{metric_key_prefix}_{name}" if index else metric_key_prefix
             found = super().evaluate(name, ignore_keys, prefix)
             own = {k.removeprefix(f"{prefix}_"): v for k, v in found.items() if k.startswith(f"{prefix}_")}
-            measured[name] = {k: v for k, v in own.items() if not k.endswith(_SPEED)} | self._details
+            measured[name] = {k: v for k, v in own.items() if not k.endswith(SPEED)} | self._details
             figures |= found
         if self.state.global_step == 0 and self.args.process_index == 0:  # kept: a resumed run does not measure it again
             self.run.update(evaluation={name: {"before": found} for name, found in measured.items()})
@@ -195,7 +195,9 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder, state_dict=state_dict)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with ranks_may_be_zero(model):
+            model.save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -278,6 +280,3 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         with torch.inference_mode():
             logits = model(**{k: v.to(self.args.device) for k, v in batch.items()}).logits
         return {**batch, "logits": logits.float().cpu()}
-
-
-_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")

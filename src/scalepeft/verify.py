@@ -42,10 +42,13 @@ def write_reference(run: Run, reference: dict[str, torch.Tensor], trainer: Recip
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
 
+    from scalepeft.adalora import ranks_may_be_zero
+
     digests: dict[str, str] = {}
     if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         model = trainer.model
-        state = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+        with ranks_may_be_zero(model):
+            state = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
         digests = {name: _digest(tensor) for name, tensor in state.items()}
     beside = run.path / f"{VERIFICATION}.part"
     save_file({k: v.contiguous() for k, v in reference.items()}, beside, metadata={"digests": json.dumps(digests)})
