@@ -16,7 +16,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from scalepeft.console import note
 from scalepeft.run import Run
 
-
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 """Endings of what upstream measures beside the metrics of an evaluation."""
 
