@@ -35,6 +35,11 @@ _REFUSED_VALUES: Mapping[str, tuple[object, str]] = {
     ),
 }
 
+_ABOVE_ZERO = (
+    "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
+"""Numbers that upstream takes at any value, to divide by zero or to train nothing."""
+
 EVALUATION_NAME = r"^[A-Za-z0-9_-]+$"
 """What an evaluation set may be called: its name becomes part of metric names and file names."""
 
@@ -42,7 +47,7 @@ _NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list", di
 
 
 def problems(document: Document) -> list[str]:
-    """All that is wrong with a recipe, one line each; empty when nothing is."""
+    """All that is wrong with a recipe, one line each, in the order of the file; empty when nothing is."""
     values = {name: value for name, value in document.values.items() if value is not None}  # null removes a section
     forwarded = forwarded_sections(values)
     checking = _Checking(document=document, homes=_homes(forwarded))
@@ -56,7 +61,13 @@ def problems(document: Document) -> list[str]:
         else:
             found += checking.section(section, upstream.fields(reference), (name,), f"{name} ({_class(reference)})")
     found += _across(document, values, complete=not checking.unknown)
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=_line)
+
+
+def _line(problem: str) -> tuple[str, int]:
+    """Where a problem stands: file and line; what has none, an override, by its text."""
+    place = re.match(r"(.+?):(\d+): ", problem)
+    return (place[1], int(place[2])) if place else (problem, 0)
 
 
 @cache
@@ -201,6 +212,8 @@ def _training(document: Document, training: Mapping[str, Any]) -> Iterator[str]:
         refused, reason = _REFUSED_VALUES.get(name, (None, ""))
         if reason and value == refused:
             yield f"{where}: training.{name}: {str(value).lower()} {reason}"
+        if name in _ABOVE_ZERO and isinstance(value, int | float) and not value > 0:
+            yield f"{where}: training.{name} must be above 0"
 
 
 def _batch(document: Document, values: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[str]:

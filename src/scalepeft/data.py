@@ -217,7 +217,11 @@ def _wanted(recipe: Recipe, source: Source, fail: Fail) -> Wanted:
 
 
 def _part(recipe: Recipe, key: str, source: Source) -> _Part:
-    wanted = _wanted(recipe, source, lambda name, problem: recipe.error(f"{key}.{name}", problem))
+    def fail(name: str, problem: str) -> UserError:
+        shared = getattr(source, name) is None and name in recipe.resolved()["data"]
+        return recipe.error(f"data.{name}" if shared else f"{key}.{name}", problem)
+
+    wanted = _wanted(recipe, source, fail)
     return _Part(source=source, wanted=wanted, opened=open_source(source, wanted))
 
 
@@ -320,9 +324,7 @@ class _Preparation:
             shutil.rmtree(beside, ignore_errors=True)
         return info
 
-    def _write(
-        self, file: Path, chosen: Sequence[_Chosen], labels: Labels, augmenter: Augmenter | None
-    ) -> dict[str, Any]:
+    def _write(self, file: Path, chosen: Sequence[_Chosen], labels: Labels, augmenter: Augmenter | None) -> dict[str, Any]:
         pair = len(chosen[0].part.wanted.texts) == 2
         special = self.tokenizer.num_special_tokens_to_add(pair=pair)
         if self.limit <= special:
@@ -378,40 +380,41 @@ class _Preparation:
                 if failed or not good["row"]:
                     yield {"row": []}, bad
                     continue
-                count = len(good["row"])
+                columns, good, empty = self._tokenised(good)
+                bad += [(_place(part, row), Bad(reason=NO_TOKENS)) for row in empty]
                 if augmenter:
-                    good = _with_copies(good, augmenter, originals)
-                columns, empty = self._tokenised(good, len(texts))
-                bad += [(_place(part, good["row"][n]), Bad(reason=NO_TOKENS)) for n in empty if n < count]
-                originals += count
+                    columns["origin"] = list(range(originals, originals + len(good["row"])))
+                    originals += len(good["row"])
                 yield columns, bad
+                if augmenter and (copies := _copies({**good, "origin": columns["origin"]}, augmenter))["row"]:
+                    columns, copies, _ = self._tokenised(copies)
+                    yield {**columns, "origin": copies["origin"]}, []
 
-    def _tokenised(self, good: Mapping[str, list[Any]], texts: int) -> tuple[dict[str, list[Any]], list[int]]:
-        """The columns of the rows that give tokens, and the places of those that give none."""
-        pairs = [good["0"], good["1"]] if texts == 2 else [good["0"]]
+    def _tokenised(self, good: Mapping[str, list[Any]]) -> tuple[dict[str, list[Any]], dict[str, list[Any]], list[int]]:
+        """The columns of the rows that give tokens, these rows, and the numbers of those that give none."""
+        pairs = [good[name] for name in ("0", "1") if name in good]
         tokens = self.tokenizer(*pairs, truncation=True, max_length=self.limit, return_attention_mask=False)
         lengths = list(map(len, tokens["input_ids"]))
-        others = {name: good[name] for name in ("labels", "row", "origin") if name in good}
-        columns: dict[str, list[Any]] = {**tokens, **others, "length": lengths}
-        empty = [n for n, length in enumerate(lengths) if not length]
-        if empty:
-            gone = {good["origin"][n] for n in empty} if "origin" in good else set()
-            keep = [n for n in range(len(lengths)) if lengths[n] and not ("origin" in good and good["origin"][n] in gone)]
-            columns = {name: [values[n] for n in keep] for name, values in columns.items()}
-        return columns, empty
+        columns = {**tokens, "labels": good["labels"], "length": lengths, "row": good["row"]}
+        if 0 not in lengths:
+            return columns, dict(good), []
+        kept = [
+            {name: [v for v, length in zip(vs, lengths, strict=True) if length] for name, vs in of.items()}
+            for of in (columns, good)
+        ]
+        return kept[0], kept[1], [row for row, length in zip(good["row"], lengths, strict=True) if not length]
 
 
-def _with_copies(good: Mapping[str, list[Any]], augmenter: Augmenter, first: int) -> dict[str, list[Any]]:
-    """Usable rows, numbered by origin from `first`, and after them their augmented copies that differ."""
-    fields = [name for name in ("0", "1") if name in good]
-    rows = {**good, "origin": list(range(first, first + len(good["row"])))}
-    for place in range(len(good["row"])):
-        texts = tuple(good[name][place] for name in fields)
+def _copies(rows: Mapping[str, list[Any]], augmenter: Augmenter) -> dict[str, list[Any]]:
+    """The augmented copies of usable rows, as columns like theirs."""
+    fields = [name for name in ("0", "1") if name in rows]
+    copies: dict[str, list[Any]] = {name: [] for name in rows}
+    for place, texts in enumerate(zip(*(rows[name] for name in fields), strict=True)):
         for copy in augmenter.copies_of(texts):
             new = dict(zip(fields, copy, strict=True))
-            for name, values in rows.items():
-                values.append(new.get(name, values[place]))
-    return rows
+            for name, column in copies.items():
+                column.append(new.get(name, rows[name][place]))
+    return copies
 
 
 def _take(column: pa.ChunkedArray, rows: Integers) -> list[str | None]:

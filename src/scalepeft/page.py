@@ -141,11 +141,13 @@ h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #8884; vertical-align: top }
 tbody th, thead th:first-child { text-align: left } tbody th { font-weight: 600 }
+tbody th, thead th:first-child { position: sticky; left: 0; background: Canvas }
 th button { all: unset; cursor: pointer; font-weight: 600 } th button:focus-visible { outline: 2px solid }
 th[aria-sort=ascending] button::after { content: " \\2191" } th[aria-sort=descending] button::after { content: " \\2193" }
 tbody tr:hover { background: #8881 }
 .best { font-weight: 700; background: #10a37a33 }
-small { display: block; white-space: normal; max-width: 24rem; margin-left: auto; opacity: .75 } p { opacity: .75 }
+small { display: block; white-space: normal; width: max-content; max-width: 20rem; margin-left: auto; opacity: .75 }
+p { opacity: .75 }
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.4rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; max-width: 90rem }
 figure { margin: 0 } figure svg { width: 100%; height: auto; font-size: 11px } figure text { fill: currentColor }

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 def evaluate_main(arguments: Sequence[str]) -> int:
     """`scalepeft evaluate RUN [data.key=value ...] [--output FILE]`."""
-    parser = argparse.ArgumentParser(prog="scalepeft evaluate", description="Evaluate a complete run on named sets.")
+    parser = argparse.ArgumentParser(
+        prog="scalepeft evaluate",
+        description="Evaluate a complete run on its recipe's named sets, and on those that overrides add.",
+    )
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="e.g. data.evaluation.new.path=new.csv")
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this new file")
@@ -41,9 +44,10 @@ def evaluate_main(arguments: Sequence[str]) -> int:
     found = evaluate(_complete(options.run), options.overrides)
     if options.output:
         runs.write(options.output, json.dumps(found, indent=2) + "\n")
-    figures = list(next(iter(found.values())))[:-2]
-    say(table([("", *found), *((f, *(f"{of[f]:.4f}" for of in found.values())) for f in figures)]))
-    from scalepeft.report import per_class
+    from scalepeft.report import figures, per_class
+
+    names = figures(next(iter(found.values())))
+    say(table([("", *found), *((name, *(f"{of[name]:.4f}" for of in found.values())) for name in names)]))
 
     for name, of in found.items():
         say(f"\n{name}\n{per_class(of)}")

@@ -84,7 +84,7 @@ class Augmentation:
     """Copies of the training rows in which some words are replaced by synonyms of WordNet."""
 
     share: float = 0.1
-    """The share of a text's words to replace, rounded down; at least one, where any can be."""
+    """The share of a text's words to replace, rounded down, at least one; fewer where fewer have a fitting synonym."""
     copies: int = 1
     """Augmented copies of each training row, beside the row itself; one that does not differ is left out."""
     seed: int = 42
@@ -235,7 +235,9 @@ def _value(value: Any, kind: Type) -> Any:
 
 def main(arguments: Sequence[str]) -> int:
     """`scalepeft check`: every problem of every recipe, in milliseconds and without importing torch."""
-    parser = argparse.ArgumentParser(prog="scalepeft check", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="scalepeft check", description="Print every problem of every recipe, without importing torch."
+    )
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="a recipe, the name of a shipped one, or a folder of them")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, applied to every recipe")
     parser.add_argument("--resolved", action="store_true", help="print each recipe whole, with where each value comes from")

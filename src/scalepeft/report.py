@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from scalepeft.console import table
-from scalepeft.run import Run
+from scalepeft.run import Run, SetMetrics
 
 
 def panel(title: str, rows: Mapping[str, str]) -> str:
@@ -22,7 +23,7 @@ def closing(record: Mapping[str, Any]) -> str:
     for name, found in record["evaluation"].items():
         before, after = found.get("before") or {}, found["after"]
         rows: list[Sequence[str]] = [(name, "before", "after")]
-        rows += [(f"  {k}", f"{before[k]:.4f}" if k in before else "-", f"{after[k]:.4f}") for k in _FIGURES if k in after]
+        rows += [(f"  {k}", f"{before[k]:.4f}" if k in before else "-", f"{after[k]:.4f}") for k in figures(after)]
         blocks.append(table(rows))
     return "\n".join(blocks)
 
@@ -37,7 +38,9 @@ def per_class(details: Mapping[str, Any]) -> str:
     return f"{table(rows)}\n\n{table(matrix)}"
 
 
-_FIGURES = ("accuracy", "f1_macro", "f1_weighted", "precision_macro", "recall_macro", "loss")
+def figures(found: Mapping[str, Any]) -> list[str]:
+    """The names of an evaluation's figures, as run.json documents them, in the order of reading."""
+    return [field.name for field in fields(SetMetrics) if field.name in found]
 
 
 def curves(run: Run) -> None:

@@ -32,7 +32,7 @@ _TYPES = {
 
 def main(arguments: Sequence[str]) -> int:
     """`scalepeft schema`: print the JSON Schema of recipes."""
-    parser = argparse.ArgumentParser(prog="scalepeft schema", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="scalepeft schema", description="Print the JSON Schema of recipes, for editors.")
     parser.add_argument("--run", action="store_true", help="describe the files of a run directory instead")
     print(text(run() if parser.parse_args(arguments).run else recipe()))
     return 0
@@ -106,8 +106,7 @@ def _adapter(definitions: Schema) -> Schema:
 def _chosen(key: str, entailed: Mapping[str, Schema]) -> list[Schema]:
     """What each value of a key entails."""
     return [
-        {"if": {"properties": {key: {"const": value}}, "required": [key]}, "then": schema}
-        for value, schema in entailed.items()
+        {"if": {"properties": {key: {"const": value}}, "required": [key]}, "then": schema} for value, schema in entailed.items()
     ]
 
 

@@ -31,16 +31,9 @@ def session(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, *,
     """
     first = trainer.args.process_index == 0
     lock = FileLock(run.path / runs.LOCK)
+    new = False
     if first:
-        try:
-            if fresh and run.record:
-                say(f"{run.path}: moved aside to {run.move_aside()}")
-            run.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{run.path}: another process is training there") from None
-        except OSError as error:
-            raise recipe.error("training.output_dir", f"{run.path} cannot be written: {error.strerror}") from None
+        _claim(recipe, run, lock, fresh=fresh)
         new = not run.record
         try:
             _open(recipe, run, corpus)
@@ -67,7 +60,9 @@ def session(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, *,
         raise
     except Exception as error:
         mendable = error if isinstance(error, UserError) else _mendable(run, error)
-        if first:
+        if first and new and mendable and not trainer.state.global_step:  # nothing was trained: nothing is left
+            shutil.rmtree(run.path, ignore_errors=True)
+        elif first:
             with contextlib.suppress(OSError):  # on a full disk even this may fail; the old record then stays
                 run.end("failed", str(mendable) if mendable else f"{type(error).__name__}: {one_line(error)}")
         if mendable:
@@ -75,6 +70,21 @@ def session(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, *,
         raise
     finally:
         lock.release()
+
+
+def _claim(recipe: Recipe, run: Run, lock: FileLock, *, fresh: bool) -> None:
+    """Make the directory, after an old one was moved aside when that is asked for, and take its lock."""
+    try:
+        if fresh and run.record:
+            with lock.acquire(timeout=0):  # not from under another process
+                aside = run.move_aside()
+            say(f"{run.path}: moved aside to {aside}")
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{run.path}: another process is training there") from None
+    except OSError as error:
+        raise recipe.error("training.output_dir", f"{run.path} cannot be written: {error.strerror}") from None
 
 
 def _open(recipe: Recipe, run: Run, corpus: Corpus) -> None:

@@ -174,7 +174,7 @@ def _describe(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, 
     batch = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x {processes}"
     lines = {
         "model": f"{recipe.model.name_or_path} ({type(backbone).__name__}{'; new: ' if heads else ''}{', '.join(heads)})",
-        "adapter": f"{kind}: {counts['trainable']:,} of {counts['total']:,} parameters trained"
+        "trains": f"{kind}: {counts['trainable']:,} of {counts['total']:,} parameters"
         f" ({counts['trainable'] / counts['total']:.4%})",
         "data": " · ".join(_rows(name, prepared) for name, prepared in corpus.sets.items()),
         "steps": f"{steps:,} of {batches.global_batch} rows ({batch}); {per_epoch:,} an epoch",

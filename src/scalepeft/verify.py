@@ -155,19 +155,17 @@ def _shown(found: dict[str, Any]) -> str:
 
 
 def _closing(run: Run) -> str:
+    from scalepeft.console import table
     from scalepeft.report import closing
 
     record = run.record
-    return "\n".join(
-        [
-            closing(record),
-            "",
-            f"trained    {record['step']:,} steps in {record['seconds']:.0f} s, {record['samples_per_second']:.1f} rows/s",
-            f"memory     {record['peak_memory_bytes'] / 2**30:.2f} GiB at the peak",
-            f"verified   reloaded in a fresh process: {_shown(record['verification'])}",
-            f"saved      {run.weights}",
-        ]
-    )
+    lines = [
+        ("trained", f"{record['step']:,} steps in {record['seconds']:.0f} s, {record['samples_per_second']:.1f} rows/s"),
+        ("memory", f"{record['peak_memory_bytes'] / 2**30:.2f} GiB at the peak"),
+        ("verified", f"reloaded in a fresh process: {_shown(record['verification'])}"),
+        ("saved", str(run.weights)),
+    ]
+    return "\n\n".join(part for part in (closing(record), table(lines, right=False)) if part)
 
 
 if __name__ == "__main__":
