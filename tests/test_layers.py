@@ -20,7 +20,7 @@ LAYERS = (
     ("run", "schema", "fetch", "cluster"),
     ("checkpoint", "sampler", "sources", "labels", "augment", "data", "model"),
     ("tasks", "callbacks", "adalora", "trainer", "session"),
-    ("report", "page", "compare", "sweep", "verify", "predict", "merge", "push", "plan", "train"),
+    ("report", "page", "compare", "grid", "sweep", "verify", "predict", "merge", "push", "plan", "train"),
     ("cli", "__main__"),
 )
 """From the ground up. A module may import those of the layers below it, and those that stand before it in its own."""

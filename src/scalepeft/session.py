@@ -111,6 +111,7 @@ def _open(recipe: Recipe, run: Run, corpus: Corpus) -> None:
             "keys": keys,
             "rows": {name: len(prepared.rows) for name, prepared in corpus.sets.items()},
             "dropped": {name: prepared.dropped for name, prepared in corpus.sets.items()},
+            "augmented": {name: prepared.augmented for name, prepared in corpus.sets.items() if prepared.augmented},
         },
     )
 

@@ -186,7 +186,8 @@ def _describe(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, 
 
 def _rows(name: str, prepared: Prepared) -> str:
     dropped = f" ({sum(prepared.dropped.values())} dropped)" if prepared.dropped else ""
-    return f"{name} {len(prepared.rows):,} rows{dropped}{', cached' if prepared.reused else ''}"
+    augmented = f" ({prepared.augmented['added']:,} of them augmented)" if prepared.augmented else ""
+    return f"{name} {len(prepared.rows):,} rows{augmented}{dropped}{', cached' if prepared.reused else ''}"
 
 
 def _revision(recipe: Recipe, trainer: RecipeTrainer) -> dict[str, str]:
