@@ -94,7 +94,7 @@ def test_two_names_of_one_tensor_are_saved_as_two(tmp_path):
 def test_not_finite_numbers_come_back(tmp_path):
     found = round_trip([float("inf"), float("-inf"), float("nan")], tmp_path / "s.safetensors")
     assert found[:2] == [float("inf"), float("-inf")]
-    assert found[2] != found[2]  # noqa: PLR0124  # NaN
+    assert found[2] != found[2]  # NaN
 
 
 def test_the_file_is_no_pickle_and_no_zip(tmp_path):

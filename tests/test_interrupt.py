@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scalepeft.errors import UserError
 from scalepeft.run import Run
 
 STEPS = 150
@@ -158,14 +158,13 @@ def test_killed_while_it_saves_it_goes_on(toy, train, start, straight):
     check_as_if_nothing_had_happened(train(recipe), straight)
 
 
-def test_a_second_process_does_not_train_into_the_same_run(toy, start, command):
+def test_a_second_process_does_not_train_into_the_same_run(toy, train, start):
     recipe = toy(training={"num_train_epochs": 10_000, "save_strategy": "no", "eval_strategy": "no"})
     process = start(recipe)
     process.wait_for_step(2)
-    found = command("train", recipe)
-    assert found.returncode == 2
-    assert found.stderr == f"{process.run.path}: another process is training there\n"
+    for fresh in (False, True):
+        with pytest.raises(UserError) as caught:
+            train(recipe, fresh=fresh)
+        assert str(caught.value) == f"{process.run.path}: another process is training there"
     assert process.process.poll() is None
     process.wait_for_step(len(process.run.lines()) + 2)
-    assert process.signal(signal.SIGKILL) < 0
-    assert os.path.exists(process.run.path / "run.json")

@@ -155,7 +155,7 @@ def test_two_processes_go_on_where_they_broke_off(toy, layout, tmp_path):
     assert torch.equal(weights(again), weights(straight))
 
 
-def test_upstreams_own_loss_grows_with_accumulation(toy, layout):
+def test_upstreams_own_loss_grows_with_accumulation(toy):
     """Why the loss is our own: a control that fails when upstream has mended it."""
     from transformers import Trainer, TrainingArguments, set_seed
 
@@ -170,7 +170,7 @@ def test_upstreams_own_loss_grows_with_accumulation(toy, layout):
     first = {}
     for name in ("1x16", "4x4"):
         set_seed(42)
-        built, _ = model.build(recipe, corpus.label_names)
+        built, _ = model.build(recipe, corpus.label_names, total_steps=1)
         given = {"max_steps": 1, "logging_steps": 1, "train_sampling_strategy": "sequential", "use_cpu": True, **LAYOUTS[name]}
         args = TrainingArguments(output_dir=str(recipe.output_dir), disable_tqdm=True, dataloader_pin_memory=False, **given)
         collate = SequenceClassification(tokenizer, corpus.label_names).collate

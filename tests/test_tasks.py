@@ -134,6 +134,7 @@ def test_metrics_are_scikit_learns(task):
         for name in ("f1", "precision", "recall"):
             function = getattr(sklearn_metrics, f"{name}_score")
             expected[f"{name}_{average}"] = function(truth, predicted, average=average, zero_division=0)
+    expected["matthews_correlation"] = sklearn_metrics.matthews_corrcoef(truth, predicted)
     expected["loss"] = torch.nn.functional.cross_entropy(logits[7:], labels[7:]).item()
     found = task.metrics(reduced, labels.numpy())
     assert found == pytest.approx(expected, rel=1e-6)

@@ -111,7 +111,7 @@ def test_every_parameter_that_peft_counts_is_counted(complete):
     from scalepeft import model
 
     quiet_upstream()
-    built, new = model.build(complete.recipe(), LABELS)
+    built, new = model.build(complete.recipe(), LABELS, total_steps=20)
     counted = dict(zip(("trainable", "total"), built.get_nb_trainable_parameters(), strict=True))
     assert complete.record["parameters"] == counted == model.parameters(built)
     assert new == ["classifier.bias", "classifier.weight"]
@@ -122,7 +122,9 @@ def test_every_step_and_every_evaluation_is_a_line(complete):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 5, 10, 15, 20]
     assert all(math.isfinite(v) for line in lines for v in line.values())
-    assert [line["learning_rate"] for line in lines if "loss" in line] == pytest.approx([1e-2 * (20 - s) / 20 for s in range(20)])
+    assert [line["learning_rate"] for line in lines if "loss" in line] == pytest.approx(
+        [1e-2 * (20 - s) / 20 for s in range(20)]
+    )
     assert [line["epoch"] for line in lines if "loss" in line] == pytest.approx([s / 5 for s in range(1, 21)])
     final = {k.removeprefix("eval_"): v for k, v in lines[-1].items() if k.startswith("eval_")}
     assert {k: final[k] for k in complete.record["metrics"]["after"]} == complete.record["metrics"]["after"]
@@ -181,6 +183,7 @@ def test_the_adapter_loads_with_upstreams_own_words(complete, tiny_model):
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+    quiet_upstream()
     config = AutoConfig.from_pretrained(complete.path)
     base = AutoModelForSequenceClassification.from_pretrained(tiny_model, config=config)
     model = PeftModel.from_pretrained(base, complete.path / "adapter").eval()
@@ -249,7 +252,7 @@ def test_grouping_by_length_pads_less_and_learns(toy, train, capsys):
     assert float(told.partition("padding")[2].partition("%")[0]) < 60
 
 
-def test_activation_checkpointing_gives_the_same_numbers(toy, train, complete):
+def test_activation_checkpointing_gives_the_same_numbers(toy, train):
     run = train(toy(training={"activation_checkpointing": True, "num_train_epochs": 1, "lr_scheduler_type": "constant"}))
     plain = train(toy("plain", training={"num_train_epochs": 1, "lr_scheduler_type": "constant"}))
     assert [line[1:3] for line in trajectory(run)] == [pytest.approx(line[1:3], rel=1e-5) for line in trajectory(plain)]
@@ -268,7 +271,9 @@ def test_label_smoothing_is_in_the_training_loss_only(toy, train, complete):
 def test_ia3_trains_and_verifies(toy, train):
     run = train(toy(adapter={"peft_type": "IA3"}, training={"learning_rate": 0.05}))
     assert run.record["status"] == "complete"
-    assert run.record["parameters"]["trainable"] == 2 * (32 + 32 + 32 + 64) + 66  # keys, values and the inputs of both dense layers
+    assert (
+        run.record["parameters"]["trainable"] == 2 * (32 + 32 + 32 + 64) + 66
+    )  # keys, values and the inputs of both dense layers
     assert trajectory(run)[-1][1] < trajectory(run)[0][1]
 
 
@@ -454,7 +459,9 @@ def test_a_directory_that_is_no_run_is_not_touched(toy, train, tmp_path):
 
 
 @pytest.mark.parametrize("at", [3, 6, 8, 19])
-def test_a_run_that_broke_down_says_why_and_goes_on_as_if_it_had_not(toy, train, complete, crash, monkeypatch, at):
+def test_a_run_that_broke_down_says_why_and_goes_on_as_if_it_had_not(  # noqa: PLR0917  # fixtures
+    toy, train, complete, crash, monkeypatch, at
+):
     crash(at)
     with pytest.raises(RuntimeError, match="on fire"):
         train(toy())

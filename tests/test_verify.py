@@ -74,7 +74,7 @@ def test_a_trained_run_is_complete_once_it_is_verified(trained):
     assert found["max_difference"] <= found["tolerance"] < 1e-2
 
 
-def test_training_again_only_verifies(trained, toy, train, monkeypatch):
+def test_training_again_only_verifies(trained, train, monkeypatch):
     from scalepeft.trainer import RecipeTrainer
 
     monkeypatch.setattr(RecipeTrainer, "__init__", lambda *_, **__: pytest.fail("it trains"))
@@ -101,8 +101,9 @@ def test_weights_that_are_not_those_trained_fail_the_run(trained, corruption, ca
         predict._complete(trained.path)
 
 
+@pytest.mark.usefixtures("no_memory")
 @pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda f: f.__name__)
-def test_where_the_base_does_not_fit_the_tensors_are_compared(trained, no_memory, corruption):
+def test_where_the_base_does_not_fit_the_tensors_are_compared(trained, corruption):
     verify.verify(trained)
     record = trained.record
     assert record["status"] == "complete"
@@ -117,7 +118,8 @@ def test_where_the_base_does_not_fit_the_tensors_are_compared(trained, no_memory
     assert trained.record["verification"]["differing"]
 
 
-def test_one_bit_is_enough_for_the_tensors(trained, no_memory):
+@pytest.mark.usefixtures("no_memory")
+def test_one_bit_is_enough_for_the_tensors(trained):
     def flip(tensors: dict[str, torch.Tensor]) -> None:
         tensors[min(tensors)].view(torch.int32).view(-1)[0] ^= 1
 

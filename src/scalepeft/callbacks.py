@@ -89,8 +89,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             note(f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
 
 
-_SCORES = ("_loss", "_accuracy", "_f1_macro")
-_BESIDE_BAR = ("loss", "eval_loss", "eval_accuracy")
+_SCORES = ("_loss", "_accuracy", "_f1_macro", "_pearson")
+_BESIDE_BAR = ("loss", "eval_loss", "eval_accuracy", "eval_pearson")
 _SHOWN = ("loss", "learning_rate", "grad_norm")
 
 

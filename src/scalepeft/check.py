@@ -183,6 +183,7 @@ def _across(document: Document, values: Mapping[str, Any], *, complete: bool) ->
     What hangs on a key's absence is left out when the recipe is not `complete`, for it may be there with a typo.
     """
     training, data = _mapping(values.get("training")), _mapping(values.get("data"))
+    yield from _model(document, _mapping(values.get("model")))
     yield from _training(document, training)
     yield from _batch(document, values, training)
     yield from _data(document, data)
@@ -202,6 +203,14 @@ def _across(document: Document, values: Mapping[str, Any], *, complete: bool) ->
         )
     if values.get("early_stopping") is not None and not best:
         yield f"{document.where(('early_stopping',))}: early_stopping needs training.load_best_model_at_end: true"
+
+
+def _model(document: Document, model: Mapping[str, Any]) -> Iterator[str]:
+    named = _mapping(model.get("config")).get("problem_type")
+    if named not in (None, "regression", "single_label_classification"):
+        place = document.where(("model", "config", "problem_type"))
+        known = "single_label_classification and regression"
+        yield f"{place}: model.config.problem_type: {named!r} is not supported; there are {known}"
 
 
 def _training(document: Document, training: Mapping[str, Any]) -> Iterator[str]:

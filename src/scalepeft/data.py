@@ -82,7 +82,7 @@ class Prepared:
 
     @property
     def labels(self) -> Integers:
-        """The label of each row; labels.UNLABELLED where it has none."""
+        """The label of each row (regression: its score); labels.UNLABELLED where it has none."""
         return self._column("labels")
 
     @property
@@ -104,7 +104,8 @@ class Prepared:
         return np.sort(np.unique(self.origins, return_index=True)[1])
 
     def _column(self, name: str) -> Integers:
-        whole: Integers = self.rows.data.column(name).to_numpy().astype(np.int64)
+        column = self.rows.data.column(name).to_numpy()
+        whole: Integers = column if column.dtype.kind == "f" else column.astype(np.int64)  # scores of a regression stay
         chosen: pa.Table | None = self.rows._indices  # noqa: SLF001  # the public way takes a second for 100,000 chosen rows
         return whole if chosen is None else whole[chosen.column(0).to_numpy()]
 
@@ -148,7 +149,7 @@ def prepare(
     if need_train or recipe.data.holdout:
         train, labels = preparation("train", training, labels, augmenter)
         if len(present := np.unique(train.labels)) < 2:
-            only = labels.names[int(present[0])]
+            only = present[0] if recipe.regression else labels.names[int(present[0])]
             raise recipe.error("data.train", f"all {len(train.rows):,} training rows have the one label {only!r}")
     labels = labels or labelling.found(recipe, [chosen.labels() for chosen in _read(training)])
     evaluation: dict[str, Prepared] = {}
@@ -330,7 +331,8 @@ class _Preparation:
         if self.limit <= special:
             raise self.recipe.error("data.max_length", f"{self.limit} leaves no room beside {special} special tokens")
         ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int64")
-        features = {"input_ids": ids, "labels": number, "length": datasets.Value("int32"), "row": number}
+        label = datasets.Value("float32") if self.recipe.regression else number
+        features = {"input_ids": ids, "labels": label, "length": datasets.Value("int32"), "row": number}
         if "token_type_ids" in self.tokenizer.model_input_names:
             features["token_type_ids"] = datasets.List(datasets.Value("int8"))
         if augmenter:
@@ -484,7 +486,7 @@ def _cut(recipe: Recipe, train: Prepared) -> tuple[Prepared, Prepared]:
     holdout = recipe.data.holdout
     assert holdout is not None  # noqa: S101  # the caller's condition
     size = holdout.size if holdout.size < 1 else int(holdout.size)
-    strata = train.labels[train.originals] if holdout.stratified else None
+    strata = train.labels[train.originals] if holdout.stratified and not recipe.regression else None
     try:
         kept, held = train_test_split(train.originals, test_size=size, random_state=holdout.seed, stratify=strata)
     except ValueError as error:

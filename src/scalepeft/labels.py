@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ UNLABELLED = -100
 
 LABEL_MISSING = "label is missing"
 LABEL_NONE = "label is -1 (unlabelled)"
+NOT_A_NUMBER = "label is not a number"
 LABEL_OUTSIDE = "label is not among the label names"
 
 _INTEGER = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0+)?")
@@ -83,8 +85,37 @@ class Labels:
         return Bad(reason=LABEL_OUTSIDE, detail=shown(label))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scores(Labels):
+    """Labels that are numbers to predict: regression."""
+
+    names: list[str] = field(default_factory=lambda: ["score"])
+    declared: bool = True
+
+    def numbers(self, raw: Sequence[Any], source: Opened, wanted: Wanted) -> list[float | Bad]:  # type: ignore[override]  # noqa: ARG002  # the signature of Labels
+        """Each label of a source as a finite number, or what is wrong with it."""
+        found = [self._score(label) for label in raw]
+        if wanted.label_optional:
+            return [UNLABELLED if isinstance(n, Bad) and n.reason == LABEL_MISSING else n for n in found]
+        return found
+
+    @staticmethod
+    def _score(label: object) -> float | Bad:
+        if label is None or label == "":
+            return Bad(reason=LABEL_MISSING)
+        try:
+            score = float(label)  # type: ignore[arg-type]  # what is no number raises
+        except (TypeError, ValueError):
+            return Bad(reason=NOT_A_NUMBER, detail=shown(label))
+        if not math.isfinite(score) or score == UNLABELLED:
+            return Bad(reason=NOT_A_NUMBER, detail=shown(label))
+        return score
+
+
 def declared(recipe: Recipe, sources: Iterable[Opened], names: Sequence[str] | None) -> Labels | None:
     """The labels by the names that are given or that the training data sets declare; None where the rows must tell."""
+    if recipe.regression:
+        return Scores()
     if given := names or recipe.data.label_names:
         return Labels(names=[str(name) for name in given], declared=True, renamed=True)
     own = list(dict.fromkeys(tuple(source.names) for source in sources if source.names))

@@ -210,7 +210,7 @@ def _config(recipe: Recipe, labels: Sequence[str] | None) -> Any:
             config.pad_token_id = config.eos_token_id
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: index for index, name in enumerate(labels)}
-        config.problem_type = "single_label_classification"
+        config.problem_type = "regression" if recipe.regression else "single_label_classification"
     return config
 
 

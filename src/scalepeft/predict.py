@@ -50,7 +50,8 @@ def evaluate_main(arguments: Sequence[str]) -> int:
     say(table([("", *found), *((name, *(f"{of[name]:.4f}" for of in found.values())) for name in names)]))
 
     for name, of in found.items():
-        say(f"\n{name}\n{per_class(of)}")
+        if "per_class" in of:
+            say(f"\n{name}\n{per_class(of)}")
     return 0
 
 
@@ -92,29 +93,29 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any
 
 
 def predict(run: Run, file: Path, output: Path) -> int:
-    """Write label, name and probabilities of each row of a file as csv, in the file's order; return the number of rows."""
+    """Write the label, name and probabilities (regression: the score) of each row of a file as csv, in the file's order.
+
+    Returns the number of rows.
+    """
     labels = run.record["labels"]
     recipe = run.recipe()
     offline_if_unreachable(recipe)
     quiet_upstream()
-    import numpy as np
-
     from scalepeft import data, model
 
     task = _task(recipe, labels)
     limit = model.longest_input(recipe, task.tokenizer)
     prepared = data.prepare_file(recipe, task.tokenizer, file, limit=limit, label_names=labels)
-    probabilities = np.empty((len(prepared.rows), len(labels)), dtype=np.float32)
+    answers: list[list[str]] = [[]] * len(prepared.rows)
     for indices, logits, _ in _batches(model.load(run), recipe, task, prepared):
-        probabilities[indices] = logits.softmax(-1).cpu().numpy()
+        for index, answer in zip(indices.tolist(), task.answers(logits), strict=True):
+            answers[index] = answer
     beside = output.with_name(f"{output.name}.part")
     try:
         with beside.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["row", "label", "name", *(f"probability_{name}" for name in labels)])
-            for row, of in zip(prepared.rows["row"], probabilities, strict=True):
-                best = int(of.argmax())
-                writer.writerow([row, best, labels[best], *(f"{p:.6f}" for p in of)])
+            writer.writerow(["row", *task.columns])
+            writer.writerows([row, *answer] for row, answer in zip(prepared.rows["row"], answers, strict=True))
         beside.replace(output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror}") from None
@@ -143,10 +144,9 @@ def _batches(
 
 
 def _task(recipe: Recipe, labels: Sequence[str]) -> SequenceClassification:
-    from scalepeft import model
-    from scalepeft.tasks import TASKS
+    from scalepeft import model, tasks
 
-    return TASKS[recipe.task](model.tokenizer(recipe), labels)
+    return tasks.task(recipe, model.tokenizer(recipe), labels)
 
 
 def _complete(path: Path) -> Run:

@@ -166,6 +166,11 @@ class Recipe:
         return Path(self.training.get("output_dir") or Path("runs") / self.name).expanduser()
 
     @property
+    def regression(self) -> bool:
+        """Whether the label is a number to predict, by transformers' own word for it: model.config.problem_type."""
+        return self.model.config.get("problem_type") == "regression"
+
+    @property
     def training_sources(self) -> list[Source]:
         """The sources of the training rows, also when there is one."""
         return self.data.train if isinstance(self.data.train, list) else [self.data.train]
@@ -212,7 +217,7 @@ def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name: inside an installed wheel, or beside the sources."""
     here = Path(__file__).parent
     folder = next((f for f in (here / "recipes", here.parents[1] / "recipes") if f.is_dir()), here)
-    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    return {p.relative_to(folder).with_suffix("").as_posix(): p for p in sorted(folder.rglob("*.yaml"))}
 
 
 def _values(section: Mapping[str, Any], known: Mapping[str, Field]) -> dict[str, Any]:
@@ -254,11 +259,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _inside(path: str) -> list[str]:
-    """The recipes of a folder; what is none names one recipe."""
+    """The recipes of a folder and of the folders in it; what is no folder names one recipe."""
     if not _exists(path) or not Path(path).is_dir():
         return [path]
-    pattern = Path(path) / "*.yaml"
-    return sorted(map(str, pattern.parent.glob(pattern.name))) or [str(pattern)]
+    return sorted(map(str, Path(path).rglob("*.yaml"))) or [str(Path(path) / "*.yaml")]
 
 
 def _problems(path: str, overrides: Sequence[str], *, resolved: bool) -> Sequence[str]:

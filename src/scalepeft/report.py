@@ -1,4 +1,4 @@
-"""What a reader sees of a run: the start panel, the closing table, the curves."""
+"""What a reader sees of a run: the start panel, the closing table, the curves, the confusion matrix."""
 
 from __future__ import annotations
 
@@ -6,10 +6,23 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scalepeft.console import table
 from scalepeft.run import Run, SetMetrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = ("png", "svg")
+"""Of every picture; an SVG is the same bytes for the same numbers."""
+
+MOST_CLASSES = 20
+"""Classes of the largest confusion matrix that is drawn."""
+
+_SCORES = {"accuracy": ("accuracy", "-"), "f1_macro": ("macro F1", "--")}
+"""The figures of the second panel: how they are called there, and their line."""
+_LONGEST_NAME = 16  # characters of a class name on an axis
 
 
 def panel(title: str, rows: Mapping[str, str]) -> str:
@@ -44,42 +57,109 @@ def figures(found: Mapping[str, Any]) -> list[str]:
 
 
 def curves(run: Run) -> None:
-    """Draw metrics.jsonl as curves.png and write its numbers as curves.csv, in the run directory."""
-    lines = run.lines()
+    """Draw metrics.jsonl as curves.png and curves.svg and write its numbers as curves.csv; draw the confusion matrix."""
+    lines, record = run.lines(), run.record
     columns = ["step", "epoch", *sorted({k for line in lines for k in line} - {"step", "epoch"})]
     with (run.path / "curves.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(lines)
-    _draw(lines, run.record.get("best"), f"{run.record['name']}: training", run.path / "curves.png")
+    _save(_curves(lines, record.get("best"), list(record["evaluation"]), record["name"]), run.path / "curves")
+    confusion(run)
 
 
-def _draw(lines: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, title: str, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def confusion(run: Run) -> bool:
+    """Draw the confusion matrix of the main set as confusion.png and confusion.svg; return whether there is one to draw.
+
+    One of more than MOST_CLASSES is not drawn: at the width of a page its numbers and names would be too small to read.
+    run.json holds it all the same.
+    """
+    record = run.record
+    name, found = next(iter(record["evaluation"].items()), ("", {}))
+    counts = (found.get("after") or {}).get("confusion")
+    if counts is None or len(counts) > MOST_CLASSES:
+        return False
+    _save(_confusion(counts, list(found["after"]["per_class"]), f"{record['name']}: {name}"), run.path / "confusion")
+    return True
+
+
+def _curves(lines: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, sets: Sequence[str], title: str) -> Figure:
+    """Loss on the left, scores on the right: training as a thin line, each evaluation set in its colour with its points."""
     from matplotlib.figure import Figure
 
     def series(key: str) -> tuple[list[float], list[float]]:
         found = [(line["step"], line[key]) for line in lines if key in line]
         return [s for s, _ in found], [v for _, v in found]
 
-    figure = Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    loss, scores = figure.subplots(1, 2)
-    loss.plot(*series("loss"), label="training", color="tab:blue", alpha=0.7, linewidth=1)
-    for key in sorted({k for line in lines for k in line if k.startswith("eval_")}):
-        name = key.removeprefix("eval_")
-        axis = loss if name.endswith("loss") else scores if name.endswith(("accuracy", "f1_macro")) else None
-        if axis is not None:
-            label = f"evaluation {name.removesuffix('loss').strip('_')}".strip() if axis is loss else name.replace("_", " ")
-            color = "tab:orange" if key == "eval_loss" else None
-            axis.plot(*series(key), marker="o", markersize=3.5, linewidth=1.4, label=label, color=color)
-    for axis, label in ((loss, "loss (nats)"), (scores, "score")):
-        axis.set(xlabel="step", ylabel=label)
-        axis.grid(visible=True, alpha=0.3)
+    drawn = [("loss", "loss (nats)", {"loss": ("loss", "-")}), ("scores", "score", _SCORES)]
+    prefixes = {name: "eval_" if place == 0 else f"eval_{name}_" for place, name in enumerate(sets or ["evaluation"])}
+    logged = {key for line in lines for key in line}
+    drawn = [of for of in drawn if of[0] == "loss" or any(f"{p}{key}" in logged for p in prefixes.values() for key in of[2])]
+    figure = Figure(figsize=(4.1 * len(drawn), 3.3), dpi=150, layout="constrained")
+    chosen = str((best or {}).get("metric", "")).removeprefix("eval_")
+    for axis, (panel_name, label, wanted) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        if panel_name == "loss":
+            axis.plot(*series("loss"), label="training", color="0.6", linewidth=1)
+        for place, (name, prefix) in enumerate(prefixes.items()):
+            look: dict[str, Any] = {"color": f"C{place}", "marker": "o", "markersize": 3.5, "linewidth": 1.5}
+            for key, (called, line) in wanted.items():
+                if f"{prefix}{key}" in logged:
+                    axis.plot(*series(f"{prefix}{key}"), linestyle=line, label=f"{name}: {called}", **look)
+                if best is not None and f"{prefix}{key}" == f"eval_{chosen}":
+                    axis.plot(best["step"], best["value"], "*", color="black", markersize=10, zorder=5, gid="best")
         if best is not None:
-            axis.axvline(best["step"], color="0.5", linestyle=":", label=f"best: step {best['step']}")
+            axis.axvline(best["step"], color="0.3", linestyle=":", linewidth=1, label=f"best: step {best['step']:,}")
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(visible=True, alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
         if axis.lines:
             axis.legend(frameon=False, fontsize="small")
-    loss.set_ylim(bottom=0)
-    figure.suptitle(title, fontsize="medium")
-    figure.savefig(path)
+    figure.axes[0].set_ylim(bottom=0)
+    figure.suptitle(title, fontsize="medium").set_parse_math(False)
+    return figure
+
+
+def _confusion(counts: Sequence[Sequence[int]], names: Sequence[str], title: str) -> Figure:
+    """Rows are the truth, columns what was predicted; in each cell the count and its share of the row."""
+    from matplotlib.figure import Figure
+
+    classes, totals = len(names), [sum(row) for row in counts]
+    shares = [[count / max(total, 1) for count in row] for row, total in zip(counts, totals, strict=True)]
+    shown = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}" for name in names]
+    cell = max(0.5, min(1.1, 6.2 / classes))
+    size = 10 if classes <= 6 else 8 if classes <= 12 else 6
+    figure = Figure(figsize=(cell * classes + 2.0, cell * classes + 1.2), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for truth, row in enumerate(counts):
+        for predicted, count in enumerate(row):
+            share = shares[truth][predicted]
+            colour = "white" if share > 0.5 else "black" if count else "0.6"
+            text = f"{count:,}\n{share:.1%}" if count else "0"
+            axis.text(predicted, truth, text, ha="center", va="center", color=colour, fontsize=size)
+    turned = max(map(len, shown)) * size * 0.6 > cell * 72  # points: longer than a cell is wide
+    axis.set_xticks(range(classes), shown, rotation=40 if turned else 0, ha="right" if turned else "center", parse_math=False)
+    axis.set_yticks(range(classes), [f"{n} ({t:,})" for n, t in zip(shown, totals, strict=True)], parse_math=False)
+    axis.tick_params(length=0, labelsize=max(size, 7))
+    axis.set_xticks([place + 0.5 for place in range(classes - 1)], minor=True)
+    axis.set_yticks([place + 0.5 for place in range(classes - 1)], minor=True)
+    axis.grid(which="minor", color="white", linewidth=1.5)
+    axis.tick_params(which="minor", length=0)
+    axis.spines[:].set_visible(False)
+    axis.set(xlabel="predicted", ylabel="truth (rows)")
+    figure.suptitle(f"{title}, {sum(totals):,} rows", fontsize="medium").set_parse_math(False)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a figure in each format, without a date and with names of parts that depend on nothing but the figure."""
+    import warnings
+
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "scalepeft"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script that the font lacks
+        for format_ in FORMATS:
+            metadata = {"Date": None} if format_ == "svg" else None
+            figure.savefig(path.with_suffix(f".{format_}"), metadata=metadata)

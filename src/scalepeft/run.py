@@ -39,24 +39,30 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class SetMetrics:
-    """What was measured on one evaluation set."""
+    """What was measured on one evaluation set: of classes, or of numbers (regression)."""
 
-    accuracy: float
+    accuracy: float | None = None
     """Share of rows whose label was predicted."""
-    f1_macro: float
+    f1_macro: float | None = None
     """F1, the mean over the classes."""
-    f1_weighted: float
+    f1_weighted: float | None = None
     """F1, the mean over the rows."""
-    precision_macro: float
+    precision_macro: float | None = None
     """Precision, the mean over the classes."""
-    precision_weighted: float
+    precision_weighted: float | None = None
     """Precision, the mean over the rows."""
-    recall_macro: float
+    recall_macro: float | None = None
     """Recall, the mean over the classes."""
-    recall_weighted: float
+    recall_weighted: float | None = None
     """Recall, the mean over the rows (equal to accuracy)."""
+    matthews_correlation: float | None = None
+    """Matthews' correlation of truth and prediction."""
+    pearson: float | None = None
+    """Regression: Pearson's correlation of truth and prediction."""
+    spearman: float | None = None
+    """Regression: Spearman's correlation of truth and prediction."""
     loss: float
-    """Mean cross-entropy of the rows, in nats, without label smoothing."""
+    """Mean cross-entropy of the rows in nats, without label smoothing; regression: mean squared error."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from scalepeft.labels import UNLABELLED
+from scalepeft.recipe import Recipe
 
 IGNORED = UNLABELLED
 """The label of a row that counts neither in the loss nor in a metric (torch's ignore_index)."""
@@ -21,9 +22,15 @@ IGNORED = UNLABELLED
 class SequenceClassification:
     """One label a row."""
 
+    figures: tuple[str, ...] = (
+        *("accuracy", "f1_macro", "f1_weighted", "precision_macro", "precision_weighted", "recall_macro", "recall_weighted"),
+        *("matthews_correlation", "loss"),
+    )
+    """What `metrics` gives, as run.SetMetrics documents it."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, label_smoothing: float = 0.0) -> None:
         self.tokenizer, self.labels, self.label_smoothing = tokenizer, list(labels), label_smoothing
-        self.metric = Classification()
+        self.metric: evaluate.Metric = Classification()
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows of token ids as tensors (rows x longest row), padded with the tokenizer's own padding token."""
@@ -57,6 +64,18 @@ class SequenceClassification:
         figures: dict[str, float] = self.metric.compute(predictions=predicted, references=references[counted])
         return figures | {"loss": float(reduced[counted, 1].mean(dtype=np.float64))}
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns of a file of predictions."""
+        return ["label", "name", *(f"probability_{name}" for name in self.labels)]
+
+    def answers(self, logits: torch.Tensor) -> list[list[str]]:
+        """The `columns` of each row, from its logits (rows x classes)."""
+        best = logits.argmax(-1).tolist()
+        return [
+            [str(b), self.labels[b], *(f"{p:.6f}" for p in of)] for b, of in zip(best, logits.softmax(-1).tolist(), strict=True)
+        ]
+
     def details(self, reduced: NDArray[np.floating], references: NDArray[np.integer]) -> dict[str, Any]:
         """The per-class table and the confusion matrix (rows: truth, columns: prediction)."""
         from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -70,6 +89,72 @@ class SequenceClassification:
             for name, p, r, f, n in zip(self.labels, *table, strict=True)
         }
         return {"per_class": per_class, "confusion": confusion_matrix(truth, predicted, labels=classes).tolist()}
+
+
+class SequenceRegression(SequenceClassification):
+    """One number a row: model.config.problem_type is regression."""
+
+    figures = ("pearson", "spearman", "loss")
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, label_smoothing: float = 0.0) -> None:
+        super().__init__(tokenizer, labels, label_smoothing=label_smoothing)
+        self.metric = Correlation()
+
+    def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        """Summed squared error over the rows of the whole global batch."""
+        counted = labels != IGNORED
+        loss: torch.Tensor = ((outputs["logits"].float().squeeze(-1) - labels) ** 2 * counted).sum()
+        return loss / (num_items_in_batch if num_items_in_batch is not None else counted.sum())
+
+    @staticmethod
+    def reduce(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+        """Each row's predicted number and squared error (rows x 2)."""
+        scores = (logits[0] if isinstance(logits, tuple) else logits).float().squeeze(-1)
+        return torch.stack([scores, (scores - labels) ** 2], dim=-1)
+
+    def metrics(self, reduced: NDArray[np.floating], references: NDArray[np.number]) -> dict[str, float]:
+        """Pearson's and Spearman's correlation and the mean squared error."""
+        counted = references != IGNORED
+        figures: dict[str, float] = self.metric.compute(predictions=reduced[counted, 0], references=references[counted])
+        return figures | {"loss": float(reduced[counted, 1].mean(dtype=np.float64))}
+
+    def details(self, reduced: NDArray[np.floating], references: NDArray[np.number]) -> dict[str, Any]:  # noqa: ARG002  # of classes
+        """Nothing: there are no classes."""
+        return {}
+
+    @property
+    def columns(self) -> list[str]:
+        """The column of a file of predictions."""
+        return ["score"]
+
+    def answers(self, logits: torch.Tensor) -> list[list[str]]:
+        """The predicted number of each row."""
+        return [[f"{score:.6f}"] for score in logits.squeeze(-1).tolist()]
+
+
+class Correlation(evaluate.Metric):  # type: ignore[misc]
+    """Pearson's and Spearman's correlation as one `evaluate` metric that needs no script from the Hub."""
+
+    def __init__(self) -> None:
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Pearson's and Spearman's correlation (SciPy's definitions); 0 where the predictions are all the same.",
+            citation="",
+            inputs_description="predictions and references: numbers",
+            features=datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}),
+        )
+
+    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+        from scipy.stats import pearsonr, spearmanr
+
+        if np.ptp(predictions) == 0 or np.ptp(references) == 0:
+            return {"pearson": 0.0, "spearman": 0.0}
+        return {
+            "pearson": float(pearsonr(predictions, references)[0]),
+            "spearman": float(spearmanr(predictions, references)[0]),
+        }
 
 
 class Classification(evaluate.Metric):  # type: ignore[misc]
@@ -87,13 +172,24 @@ class Classification(evaluate.Metric):  # type: ignore[misc]
         )
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+        from sklearn.metrics import accuracy_score, matthews_corrcoef, precision_recall_fscore_support
 
-        figures = {"accuracy": float(accuracy_score(references, predictions))}
+        figures = {
+            "accuracy": float(accuracy_score(references, predictions)),
+            "matthews_correlation": float(matthews_corrcoef(references, predictions)),
+        }
         for average in ("macro", "weighted"):
             means = precision_recall_fscore_support(references, predictions, average=average, zero_division=0)[:3]
             figures |= {f"{name}_{average}": float(v) for name, v in zip(("precision", "recall", "f1"), means, strict=True)}
         return figures
+
+
+def task(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, label_smoothing: float = 0.0
+) -> SequenceClassification:
+    """What a recipe trains."""
+    kind = SequenceRegression if recipe.regression else TASKS[recipe.task]
+    return kind(tokenizer, labels, label_smoothing=label_smoothing)
 
 
 TASKS = {"sequence-classification": SequenceClassification}

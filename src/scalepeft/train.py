@@ -10,7 +10,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from scalepeft import recipe as recipes
@@ -19,12 +18,13 @@ from scalepeft.console import quiet_upstream, say, speaks
 from scalepeft.errors import Interrupted, did_you_mean, one_line, program
 from scalepeft.fetch import asset_path, missing_inputs, offline_if_unreachable
 from scalepeft.recipe import Recipe
-from scalepeft.run import Run, SetMetrics
+from scalepeft.run import Run
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from scalepeft.data import Corpus, Prepared
+    from scalepeft.tasks import SequenceClassification
     from scalepeft.trainer import RecipeTrainer
 
 
@@ -60,20 +60,20 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
 
     from transformers import set_seed
 
-    from scalepeft import data, model
+    from scalepeft import data, model, tasks
     from scalepeft.session import session
-    from scalepeft.tasks import TASKS
     from scalepeft.trainer import RecipeTrainer, step_batches, total_steps
 
     tokenizer = model.tokenizer(recipe)
     corpus = data.prepare(recipe, tokenizer, limit=model.longest_input(recipe, tokenizer))
     arguments = _arguments(
-        recipe, run, corpus, resumed=state == "unfinished"
+        recipe, run, resumed=state == "unfinished"
     )  # several processes form their group here, after all preparation
     set_seed(arguments.seed)
     batches = step_batches(arguments, corpus.sets["train"].lengths)
     built, new = model.build(recipe, corpus.label_names, total_steps=total_steps(arguments, batches))
-    task = TASKS[recipe.task](tokenizer, corpus.label_names, label_smoothing=arguments.label_smoothing_factor)
+    task = tasks.task(recipe, tokenizer, corpus.label_names, label_smoothing=arguments.label_smoothing_factor)
+    _check_best_metric(recipe, arguments, task, corpus)
     try:
         trainer = RecipeTrainer(recipe, model=built, args=arguments, task=task, run=run, corpus=corpus)
         trainer.make_optimizer()
@@ -97,10 +97,11 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
     return run
 
 
-def _arguments(recipe: Recipe, run: Run, corpus: Corpus, *, resumed: bool) -> TrainingArguments:
+def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     """TrainingArguments from the recipe alone: the launch file says how many processes and which engine, no more."""
     import torch
     from transformers import TrainingArguments
+    from transformers.integrations import get_available_reporting_integrations
 
     given: dict[str, Any] = {
         "use_cpu": not torch.accelerator.is_available(),  # without it upstream refuses bf16 on a CPU
@@ -118,9 +119,13 @@ def _arguments(recipe: Recipe, run: Run, corpus: Corpus, *, resumed: bool) -> Tr
         arguments = TrainingArguments(**given)
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise recipe.error("training", one_line(error)) from error
+    available = get_available_reporting_integrations()
+    for name in arguments.report_to:
+        if name not in available:
+            raise recipe.error("training.report_to", f"{name!r} is not installed; there are {', '.join(available) or 'none'}")
+    os.environ.setdefault("WANDB_DIR", str(run.path))  # beside the run's other files, not in the working directory
     # one process drives one device: upstream would start DataParallel, which multiplies the batch, and has no option against it
     arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001
-    _check_best_metric(recipe, arguments, corpus)
     if recipe.global_batch_size is not None:
         together = arguments.per_device_train_batch_size * arguments.world_size
         if recipe.global_batch_size % together:
@@ -130,9 +135,9 @@ def _arguments(recipe: Recipe, run: Run, corpus: Corpus, *, resumed: bool) -> Tr
     return arguments
 
 
-def _check_best_metric(recipe: Recipe, arguments: TrainingArguments, corpus: Corpus) -> None:
+def _check_best_metric(recipe: Recipe, arguments: TrainingArguments, task: SequenceClassification, corpus: Corpus) -> None:
     """A metric that no evaluation gives is refused now: upstream says so after the first epoch."""
-    figures = [f.name for f in fields(SetMetrics)]
+    figures = task.figures
     others = [f"{name}_{figure}" for name in list(corpus.evaluation)[1:] for figure in figures]
     metric = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in (*figures, *others):
