@@ -380,7 +380,11 @@ def family(tmp_path, **files):
     return tmp_path
 
 
-BASE = "task: sequence-classification\nmodel: {name_or_path: m}\ndata: {train: {path: a.csv}}\nadapter: {peft_type: LORA, r: 8}\n"
+BASE = """task: sequence-classification
+model: {name_or_path: m}
+data: {train: {path: a.csv}}
+adapter: {peft_type: LORA, r: 8}
+"""
 
 
 def test_a_recipe_extends_another_and_each_value_knows_its_place(tmp_path):
