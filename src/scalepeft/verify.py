@@ -165,6 +165,9 @@ def _closing(run: Run) -> str:
         ("verified", f"reloaded in a fresh process: {_shown(record['verification'])}"),
         ("saved", str(run.weights)),
     ]
+    if record.get("ranks"):
+        before, after = (sum(found[when] for found in record["ranks"].values()) for when in ("initial", "final"))
+        lines.insert(1, ("ranks", f"{before} -> {after} over {len(record['ranks'])} modules; run.json has each"))
     return "\n\n".join(part for part in (closing(record), table(lines, right=False)) if part)
 
 
