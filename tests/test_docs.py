@@ -77,7 +77,8 @@ def commands(file: str) -> list[str]:
 
 ALL_COMMANDS = list(dict.fromkeys(command for file in DOCUMENTS for command in commands(file)))
 RECIPES = [block for block in blocks("README.md", "yaml") if block.count("\ntask:") and "\ndata:" in block]
-FRAGMENTS = [block for block in blocks("README.md", "yaml") if block not in RECIPES]
+FAMILY = [block for block in blocks("README.md", "yaml") if block.startswith("extends: ")]
+FRAGMENTS = [block for block in blocks("README.md", "yaml") if block not in (*RECIPES, *FAMILY)]
 
 
 def values(block: str, folder: Path) -> dict[str, Any]:
@@ -190,6 +191,12 @@ def test_links_lead_somewhere(file):
 def test_whole_recipes_are_valid(number, tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPES[number], encoding="utf-8")
     recipes.load(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("number", range(len(FAMILY)))
+def test_extending_recipes_are_valid_beside_what_they_extend(number, newcomer):
+    (newcomer / "extending.yaml").write_text(FAMILY[number], encoding="utf-8")
+    recipes.load(newcomer / "extending.yaml")
 
 
 @pytest.mark.parametrize("number", range(len(FRAGMENTS)))
