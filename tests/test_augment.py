@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scalepeft import augment, data, recipe
+from scalepeft import augment, data, prepared, recipe
 from scalepeft.augment import Augmenter, WordNet
 from scalepeft.errors import UserError
 
@@ -357,7 +357,7 @@ def test_dropped_rows_leave_no_copies(prepare, tiny_tokenizer):
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1")
     rows = [("\x01", "pos"), *ROWS[:1], ("", "neg"), *ROWS[1:]]
     train = prepare(rows, {"share": 1.0}, tokenizer=bare, on_bad_rows="drop").train
-    assert train.dropped == {data.NO_TOKENS: 1, data.TEXT_EMPTY: 1}
+    assert train.dropped == {prepared.NO_TOKENS: 1, prepared.TEXT_EMPTY: 1}
     assert train.rows["row"][:] == [1, 3, 4, 5, 1, 4, 5]
     assert train.rows["origin"][:] == [0, 1, 2, 3, 0, 2, 3]
     with pytest.raises(UserError, match="cannot be used"):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from scalepeft import data, fetch, recipe, sources
+from scalepeft import data, fetch, prepared, recipe, sources
 from scalepeft.errors import UserError
 
 FOUR = [("a good film", "pos"), ("a bad film", "neg"), ("good", "pos"), ("bad", "neg")]
@@ -109,9 +109,9 @@ def test_texts_that_look_like_nothing_are_texts(prepare, tiny_tokenizer):
 
 LINES = {
     sources.NOT_TEXT: {"text": 5, "label": "pos"},
-    data.TEXT_MISSING: {"text": None, "label": "pos"},
-    data.TEXT_EMPTY: {"text": " \t", "label": "pos"},
-    data.TEXT_LONG: {"text": "x" * 1_000_001, "label": "pos"},
+    prepared.TEXT_MISSING: {"text": None, "label": "pos"},
+    prepared.TEXT_EMPTY: {"text": " \t", "label": "pos"},
+    prepared.TEXT_LONG: {"text": "x" * 1_000_001, "label": "pos"},
     "label is missing": {"text": "good", "label": None},
     "label is -1 (unlabelled)": {"text": "good", "label": -1},
     "label is not among the label names": {"text": "good", "label": "other"},
@@ -371,7 +371,7 @@ def test_a_holdout_is_cut_once_and_keeps_the_shares(prepare):
 def test_a_second_preparation_reads_nothing(prepare, tmp_path, monkeypatch):
     rows = source(tmp_path, FOUR)
     first = prepare(rows, on_bad_rows="drop").train
-    monkeypatch.setattr(data, "_read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(prepared, "choose", lambda *_: pytest.fail("read"))
     second = prepare(rows, on_bad_rows="drop").train
     assert (first.reused, second.reused) == (False, True)
     assert second.rows[:] == first.rows[:]
@@ -391,7 +391,7 @@ def test_the_key_follows_everything_the_rows_depend_on(prepare, tiny_tokenizer, 
     other = copy.deepcopy(tiny_tokenizer)
     other.add_tokens(["film"])
     keys.append(prepare(FOUR, other).train.key)
-    monkeypatch.setattr(data, "FORMAT", data.FORMAT + 1)
+    monkeypatch.setattr(prepared, "FORMAT", prepared.FORMAT + 1)
     keys.append(prepare(FOUR).train.key)
     assert len(set(keys)) == len(keys)
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("errors", "upstream", "document", "console"),
     ("check", "recipe"),
     ("run", "schema", "fetch", "cluster"),
-    ("checkpoint", "sampler", "sources", "labels", "augment", "data", "model"),
+    ("checkpoint", "sampler", "sources", "labels", "augment", "prepared", "data", "model"),
     ("tasks", "callbacks", "adalora", "trainer", "session"),
     ("report", "page", "compare", "grid", "sweep", "verify", "predict", "merge", "push", "plan", "train"),
     ("cli", "__main__"),

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from scalepeft.data import Prepared
     from scalepeft.model import Trained
+    from scalepeft.prepared import Prepared
     from scalepeft.tasks import SequenceClassification
 
 

@@ -23,7 +23,8 @@ from scalepeft.run import Run
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from scalepeft.data import Corpus, Prepared
+    from scalepeft.data import Corpus
+    from scalepeft.prepared import Prepared
     from scalepeft.tasks import SequenceClassification
     from scalepeft.trainer import RecipeTrainer
 

@@ -1,0 +1,385 @@
+"""Rows on disk: chosen, checked and tokenised once, then kept.
+
+One process prepares; the others, and later runs, find the rows in the cache under a key made of everything they depend on:
+the tokenizer, the content of the sources, the settings and the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from scalepeft import labels as labelling
+from scalepeft.augment import Augmenter
+from scalepeft.errors import UserError, disk_full, one_line
+from scalepeft.fetch import cache_dir
+from scalepeft.labels import Labels
+from scalepeft.recipe import Recipe, Source
+from scalepeft.sources import Bad, Opened, Table, Wanted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = 1
+"""Part of every key: to be raised when a change of this module, `sources` or `labels` gives other rows for the same recipe."""
+
+LONGEST_TEXT = 1_000_000
+"""Characters; a longer text is a mistake in the data, and would occupy the tokenizer for minutes."""
+
+TEXT_MISSING = "text is missing"
+TEXT_EMPTY = "text is empty"
+TEXT_LONG = f"text is longer than {LONGEST_TEXT:,} characters"
+NO_TOKENS = "text gives no tokens"
+
+_BATCH = 1_000  # texts tokenised at a time, and rows of an Arrow record batch
+_LISTED = 5  # bad rows named in an error
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Tokenised rows on disk, under one name."""
+
+    name: str
+    rows: datasets.Dataset
+    """input_ids, token_type_ids where the tokenizer gives them, labels, length (tokens) and row (in its source, from 0).
+
+    Augmented ones also have origin: a number shared by an original, which stands first, and its copies."""
+    dropped: Mapping[str, int]
+    """How many rows were left out, by reason."""
+    source: Sequence[Mapping[str, Any]]
+    """For each source: path, revision, its rows and how many of them were taken."""
+    key: str
+    """The cache key."""
+    reused: bool
+    """Whether the rows were found in the cache."""
+    copies: int = 0
+    """How many augmented copies each row was to have."""
+
+    @property
+    def lengths(self) -> Integers:
+        """The number of tokens of each row."""
+        return self._column("length")
+
+    @property
+    def labels(self) -> Integers:
+        """The label of each row (regression: its score); labels.UNLABELLED where it has none."""
+        return self._column("labels")
+
+    @property
+    def augmented(self) -> dict[str, int]:
+        """How many copies were added, and left out because nothing in them was replaced; empty without augmentation."""
+        if not self.copies:
+            return {}
+        added = len(self.rows) - len(self.originals)
+        return {"added": added, "left_out": self.copies * len(self.originals) - added}
+
+    @property
+    def origins(self) -> Integers:
+        """The number of the original of each row."""
+        return self._column("origin") if self.copies else np.arange(len(self.rows))
+
+    @property
+    def originals(self) -> Integers:
+        """The places of the rows that are no augmented copies."""
+        return np.sort(np.unique(self.origins, return_index=True)[1])
+
+    def _column(self, name: str) -> Integers:
+        column = self.rows.data.column(name).to_numpy()
+        whole: Integers = column if column.dtype.kind == "f" else column.astype(np.int64)  # scores of a regression stay
+        chosen: pa.Table | None = self.rows._indices  # noqa: SLF001  # the public way takes a second for 100,000 chosen rows
+        return whole if chosen is None else whole[chosen.column(0).to_numpy()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One of the sources that are mixed."""
+
+    source: Source
+    wanted: Wanted
+    opened: Opened
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """A source that was read, and the rows to take from it in their order."""
+
+    part: Part
+    table: Table
+    rows: Integers
+
+    def labels(self) -> list[Any]:
+        """The chosen rows' labels as they stand in the source."""
+        if self.table.labels is None:
+            return [None] * len(self.rows)
+        if isinstance(self.table.labels, list):
+            return [self.table.labels[row] for row in self.rows]
+        found: list[Any] = self.table.labels.take(pa.array(self.rows)).to_pylist()
+        return found
+
+
+def choose(parts: Sequence[Part]) -> list[_Chosen]:
+    """Read the sources and choose their rows. Mixed by weight, they give the largest mixture that repeats no row."""
+    tables = [part.opened.read() for part in parts]
+    draws = [np.random.Generator(np.random.PCG64(part.source.sample_seed)) for part in parts]
+    chosen: list[Integers] = []
+    for part, table, draw in zip(parts, tables, draws, strict=True):
+        wanted = part.source.sample_rows
+        if wanted is not None and wanted > len(table):
+            raise part.wanted.fail("sample_rows", f"{wanted:,} rows are asked of {part.source.path}, which has {len(table):,}")
+        drawn = np.arange(len(table)) if wanted is None else np.sort(draw.choice(len(table), wanted, replace=False))
+        chosen.append(drawn[: part.source.first_rows])
+    weights = [Fraction(str(part.source.weight)) for part in parts if part.source.weight is not None]
+    if weights:
+        rows_of_weight_1 = min(Fraction(len(rows)) / weight for rows, weight in zip(chosen, weights, strict=True))
+        counts = [math.floor(weight * rows_of_weight_1) for weight in weights]
+        chosen = [np.sort(d.choice(rows, n, replace=False)) for d, rows, n in zip(draws, chosen, counts, strict=True)]
+    return [_Chosen(part=p, table=t, rows=rows) for p, t, rows in zip(parts, tables, chosen, strict=True)]
+
+
+# --- tokenising into the cache -------------------------------------------------------------------------------------
+
+
+class Preparation:
+    """Turns sources into rows on disk, with one tokenizer."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
+        self.recipe, self.tokenizer = recipe, tokenizer
+        self.limit = min(recipe.data.max_length or limit, limit)
+        self.drop = recipe.data.on_bad_rows == "drop"
+        self.digest = _tokenizer_digest(tokenizer)
+
+    def __call__(
+        self, name: str, parts: Sequence[Part], labels: Labels | None, augmenter: Augmenter | None = None
+    ) -> tuple[Prepared, Labels]:
+        key = self._key(parts, labels, augmenter)
+        folder = cache_dir() / "prepared" / key
+        info = _complete(folder)
+        reused = info is not None
+        if info is None:
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(folder.parent / f".{key}.lock"):
+                    info = _complete(folder)  # another process was at it
+                    reused = info is not None
+                    info = info or self._bring(folder, parts, labels, augmenter)
+            except OSError as error:
+                reason = "the disk is full" if disk_full(error) else one_line(error)
+                raise UserError(f"{folder}: cannot be written: {reason}; set SCALEPEFT_CACHE to another folder") from error
+        described = [
+            {"path": part.source.path, "revision": part.opened.revision, **counts}
+            for part, counts in zip(parts, info["sources"], strict=True)
+        ]
+        rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
+        copies = augmenter.copies if augmenter else 0
+        prepared = Prepared(
+            name=name, rows=rows, dropped=info["dropped"], source=described, key=key, reused=reused, copies=copies
+        )
+        return prepared, labels or Labels(names=info["label_names"], declared=False)
+
+    def _key(self, parts: Sequence[Part], labels: Labels | None, augmenter: Augmenter | None) -> str:
+        chosen = ("first_rows", "sample_rows", "sample_seed", "weight")
+        settings = {
+            "format": FORMAT,
+            "tokenizer": self.digest,
+            "limit": self.limit,
+            "drop": self.drop,
+            "labels": [labels.names, labels.declared, labels.renamed] if labels else None,
+            "sources": [
+                [part.opened.identity, part.opened.names, part.wanted.texts, part.wanted.label, part.wanted.label_optional]
+                + [getattr(part.source, name) for name in chosen]
+                for part in parts
+            ],
+        }
+        if augmenter:
+            settings["augmentation"] = augmenter.identity
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _bring(self, folder: Path, parts: Sequence[Part], labels: Labels | None, augmenter: Augmenter | None) -> dict[str, Any]:
+        for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that died: the lock is ours
+            shutil.rmtree(leftover)
+        beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        beside.mkdir()
+        try:
+            chosen = choose(parts)
+            labels = labels or labelling.found(self.recipe, [c.labels() for c in chosen])
+            info = {"label_names": labels.names, **self._write(beside / "rows.arrow", chosen, labels, augmenter)}
+            with (beside / "info.json").open("w", encoding="utf-8") as stream:
+                json.dump(info, stream, indent=1)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if folder.exists():  # and not complete
+                shutil.rmtree(folder)
+            beside.rename(folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        return info
+
+    def _write(self, file: Path, chosen: Sequence[_Chosen], labels: Labels, augmenter: Augmenter | None) -> dict[str, Any]:
+        pair = len(chosen[0].part.wanted.texts) == 2
+        special = self.tokenizer.num_special_tokens_to_add(pair=pair)
+        if self.limit <= special:
+            raise self.recipe.error("data.max_length", f"{self.limit} leaves no room beside {special} special tokens")
+        ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int64")
+        label = datasets.Value("float32") if self.recipe.regression else number
+        features = {"input_ids": ids, "labels": label, "length": datasets.Value("int32"), "row": number}
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            features["token_type_ids"] = datasets.List(datasets.Value("int8"))
+        if augmenter:
+            features["origin"] = number
+        schema = datasets.Features(features).arrow_schema
+        dropped, listed, written = Counter[str](), list[str](), 0
+        with file.open("wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
+            for columns, bad in self._rows(chosen, labels, augmenter):
+                for place, problem in bad:
+                    dropped[problem.reason] += 1
+                    if len(listed) < _LISTED:
+                        listed.append(f"{place}: {problem}")
+                if (self.drop or not dropped) and columns["row"]:
+                    writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+                    written += len(columns["row"])
+            writer.close()
+            stream.flush()
+            os.fsync(stream.fileno())
+        paths = ", ".join(c.part.source.path for c in chosen)
+        if dropped and not self.drop:
+            raise UserError(*listed, str(self._refusal(dropped, paths)))
+        if not written:
+            why = "; ".join(f"{reason}: {count:,}" for reason, count in dropped.items())
+            raise chosen[0].part.wanted.fail("path", f"no rows are left of {paths}{f' ({why})' if why else ''}")
+        counts = [{"rows": len(c.table), "taken": len(c.rows)} for c in chosen]
+        return {"rows": written, "bytes": file.stat().st_size, "dropped": dropped, "sources": counts}
+
+    def _refusal(self, dropped: Counter[str], paths: str) -> UserError:
+        count, more = dropped.total(), dropped.total() - _LISTED
+        which = f"{count:,} rows" if count > 1 else "1 row"
+        unlisted = f" ({more:,} more than the {_LISTED} above)" if more > 0 else ""
+        hint = "to leave such rows out, and have them counted, set data.on_bad_rows: drop"
+        return self.recipe.error("data.on_bad_rows", f"{which} of {paths} cannot be used{unlisted}; {hint}")
+
+    def _rows(
+        self, chosen: Sequence[_Chosen], labels: Labels, augmenter: Augmenter | None
+    ) -> Iterator[tuple[dict[str, list[Any]], list[tuple[str, Bad]]]]:
+        """Batches of tokenised rows, each with the rows that cannot be used. After one such, tokenising may be in vain."""
+        failed, originals = False, 0
+        for part in chosen:
+            numbers = labels.numbers(part.labels(), part.part.opened, part.part.wanted)
+            for start in range(0, len(part.rows), _BATCH):
+                rows = part.rows[start : start + _BATCH]
+                texts = [_take(column, rows) for column in part.table.texts]
+                good, bad = _sorted_out(part, rows.tolist(), texts, numbers[start : start + _BATCH])
+                failed = failed or bool(bad and not self.drop)
+                if failed or not good["row"]:
+                    yield {"row": []}, bad
+                    continue
+                columns, good, empty = self._tokenised(good)
+                bad += [(_place(part, row), Bad(reason=NO_TOKENS)) for row in empty]
+                if augmenter:
+                    columns["origin"] = list(range(originals, originals + len(good["row"])))
+                    originals += len(good["row"])
+                yield columns, bad
+                if augmenter and (copies := _copies({**good, "origin": columns["origin"]}, augmenter))["row"]:
+                    columns, copies, _ = self._tokenised(copies)
+                    yield {**columns, "origin": copies["origin"]}, []
+
+    def _tokenised(self, good: Mapping[str, list[Any]]) -> tuple[dict[str, list[Any]], dict[str, list[Any]], list[int]]:
+        """The columns of the rows that give tokens, these rows, and the numbers of those that give none."""
+        pairs = [good[name] for name in ("0", "1") if name in good]
+        tokens = self.tokenizer(*pairs, truncation=True, max_length=self.limit, return_attention_mask=False)
+        lengths = list(map(len, tokens["input_ids"]))
+        columns = {**tokens, "labels": good["labels"], "length": lengths, "row": good["row"]}
+        if 0 not in lengths:
+            return columns, dict(good), []
+        kept = [
+            {name: [v for v, length in zip(vs, lengths, strict=True) if length] for name, vs in of.items()}
+            for of in (columns, good)
+        ]
+        return kept[0], kept[1], [row for row, length in zip(good["row"], lengths, strict=True) if not length]
+
+
+def _copies(rows: Mapping[str, list[Any]], augmenter: Augmenter) -> dict[str, list[Any]]:
+    """The augmented copies of usable rows, as columns like theirs."""
+    fields = [name for name in ("0", "1") if name in rows]
+    copies: dict[str, list[Any]] = {name: [] for name in rows}
+    for place, texts in enumerate(zip(*(rows[name] for name in fields), strict=True)):
+        for copy in augmenter.copies_of(texts):
+            new = dict(zip(fields, copy, strict=True))
+            for name, column in copies.items():
+                column.append(new.get(name, rows[name][place]))
+    return copies
+
+
+def _take(column: pa.ChunkedArray, rows: Integers) -> list[str | None]:
+    first, last = int(rows[0]), int(rows[-1])  # in order: a slice first, for `take` copies whole chunks
+    taken: list[str | None] = column.slice(first, last - first + 1).take(pa.array(rows - first)).to_pylist()
+    return taken
+
+
+def _sorted_out(
+    chosen: _Chosen, rows: list[int], texts: list[list[str | None]], numbers: list[int | Bad]
+) -> tuple[dict[str, list[Any]], list[tuple[str, Bad]]]:
+    """The usable rows as columns, and the others with their places."""
+    names, broken = chosen.part.wanted.texts, chosen.table.broken
+    good: list[tuple[Any, ...]] = []
+    bad: list[tuple[str, Bad]] = []
+    for row, number, *fields in zip(rows, numbers, *texts, strict=True):
+        problem = broken.get(row) or next((p for p in map(_text_problem, fields, names) if p), None)
+        if problem is None and isinstance(number, Bad):
+            problem = number
+        if problem is None:
+            good.append((row, number, *fields))
+        else:
+            bad.append((_place(chosen, row), problem))
+    keys = ["row", "labels", *map(str, range(len(texts)))]
+    return dict(zip(keys, map(list, zip(*good, strict=True)) if good else [[] for _ in keys], strict=True)), bad
+
+
+def _text_problem(text: str | None, column: str) -> Bad | None:
+    if text is None:
+        return Bad(reason=TEXT_MISSING, detail=f"column {column!r}")
+    if not text.strip():
+        return Bad(reason=TEXT_EMPTY, detail=f"column {column!r}")
+    if len(text) > LONGEST_TEXT:
+        return Bad(reason=TEXT_LONG, detail=f"{len(text):,} in column {column!r}")
+    return None
+
+
+def _place(chosen: _Chosen, row: int) -> str:
+    lines = chosen.table.lines
+    return f"{chosen.part.source.path}{f':{lines[row]}' if lines else ''}: row {row + 1}"
+
+
+def _complete(folder: Path) -> dict[str, Any] | None:
+    """What an entry of the cache says about itself; None when it is absent or damaged."""
+    with suppress(OSError, ValueError, KeyError):
+        info: dict[str, Any] = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        if (folder / "rows.arrow").stat().st_size == info["bytes"]:
+            return info
+    return None
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The same for tokenizers that give the same tokens."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # the last call's, and set anew by each
+    backend.no_padding()
+    rest = [tokenizer.truncation_side, *tokenizer.model_input_names, version("tokenizers"), version("transformers")]
+    return hashlib.sha256("\n".join([backend.to_str(), *rest]).encode()).hexdigest()
