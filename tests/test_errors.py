@@ -197,6 +197,20 @@ def test_weights_in_a_pickle_are_refused(fails, toy, tiny_model, tmp_path):
     assert "safetensors" in found
 
 
+def test_an_adapter_in_a_pickle_is_refused(fails, toy, complete, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    shutil.copytree(complete.path / "adapter", tmp_path / "pickled")
+    weights = tmp_path / "pickled/adapter_model.safetensors"
+    torch.save(load_file(weights), tmp_path / "pickled/adapter_model.bin")
+    weights.unlink()
+    recipe = toy(adapter={"name_or_path": str(tmp_path / "pickled")})
+    found = fails("train", recipe)
+    assert found.startswith(line_of(recipe, "pickled"))
+    assert "no adapter_model.safetensors" in found
+
+
 def test_an_adapter_that_is_nowhere(fails, toy):
     recipe = toy(adapter={"name_or_path": "./no-such-adapter"})
     found = fails("train", recipe)
@@ -252,6 +266,18 @@ def test_an_output_directory_that_is_no_run(fails, toy, tmp_path):
     assert fails("train", recipe).startswith(line_of(recipe, "output_dir:"))
 
 
+def test_fresh_moves_runs_aside_and_nothing_else(fails, toy, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/letter.txt").write_text("dear")
+    recipe = toy()
+    assert fails("train", recipe, "--fresh").startswith(line_of(recipe, "output_dir:"))
+
+
+def test_rows_too_few_for_a_step_leave_nothing_behind(fails, toy):
+    few = toy(training={"per_device_train_batch_size": 500, "dataloader_drop_last": True})
+    assert "leaves no batch" in fails("train", few, silent=False)
+
+
 def test_an_output_directory_that_is_a_file(fails, toy, tmp_path):
     (tmp_path / "run").write_text("dear")
     recipe = toy()
@@ -259,9 +285,10 @@ def test_an_output_directory_that_is_a_file(fails, toy, tmp_path):
     assert "output_dir" in fails("train", recipe, f"training.output_dir={tmp_path}/run/below")
 
 
-def test_a_damaged_record(fails, toy, tmp_path):
+@pytest.mark.parametrize("damaged", [b'{"status": "comp', b"[1]", b"\xff\xfe\x00"])
+def test_a_damaged_record(fails, toy, tmp_path, damaged):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/run.json").write_text('{"status": "comp')
+    (tmp_path / "run/run.json").write_bytes(damaged)
     assert "run.json: is damaged" in fails("train", toy())
 
 

@@ -61,7 +61,7 @@ def test_every_row_is_labelled_in_the_order_of_the_file(complete, capsys):
     assert [p.name for p in Path().iterdir() if p.suffix == ".part"] == []
 
 
-@pytest.mark.parametrize("label", ["", "positive", "1", "-1"])
+@pytest.mark.parametrize("label", ["", "positive", "1", "-1", "7", "a label of another set"])
 def test_labels_in_the_file_change_nothing(complete, label):
     predict.predict(complete, written("plain.csv", [(text,) for text in TEXTS]), Path("plain.out"))
     data = written("labelled.csv", [(text, label) for text in TEXTS], ("text", "label"))
@@ -102,6 +102,11 @@ def test_no_file_is_overwritten(complete, capsys):
     assert Path("out.csv").read_text() == "mine"
     assert call("predict", complete.path, "--data", data, "--output", "no/such/folder/out.csv") == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_a_place_where_no_figures_can_be_written(complete, capsys):
+    assert call("evaluate", complete.path, "--output", "/proc/figures.json") == 2
+    assert capsys.readouterr().err.startswith("/proc/figures.json: cannot be written: ")
 
 
 @pytest.mark.parametrize("data", ["nothing.csv", "other.csv"])

@@ -277,6 +277,12 @@ def test_ia3_trains_and_verifies(toy, train):
     assert trajectory(run)[-1][1] < trajectory(run)[0][1]
 
 
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
+def test_virtual_tokens_and_the_longest_rows_share_the_positions(toy, train, kind):
+    long = train(toy(adapter={"peft_type": kind, "num_virtual_tokens": 4}, training={"max_steps": 2}))
+    assert long.record["status"] == "complete"
+
+
 def test_full_fine_tuning_saves_a_whole_model(toy, train):
     run = train(toy(adapter=None, training={"learning_rate": 1e-3}))
     record = run.record
@@ -407,15 +413,18 @@ def test_a_complete_run_is_left_as_it_is(toy, train, capsys):
 def test_what_only_observes_may_change(toy, train):
     run = train(toy(training={"num_train_epochs": 1}))
     before = stamps(run.path)
-    train(toy(training={"num_train_epochs": 1, "logging_steps": 5, "eval_strategy": "no", "report_to": "none"}))
+    observing = {"logging_steps": 5, "eval_strategy": "no", "report_to": "none", "per_device_eval_batch_size": 8}
+    train(toy(training={"num_train_epochs": 1, **observing, "dataloader_num_workers": 1}))
     assert stamps(run.path) == before
 
 
 def test_a_run_of_another_recipe_is_refused_by_the_keys_that_differ(toy, train):
     run = train(toy(training={"num_train_epochs": 1}))
     before = stamps(run.path)
-    told = refusal(train, toy(training={"num_train_epochs": 1, "learning_rate": 0.5}, adapter={"r": 3}))
+    changed = {"num_train_epochs": 1, "learning_rate": 0.5, "dataloader_drop_last": True}
+    told = refusal(train, toy(training=changed, adapter={"r": 3}))
     assert "adapter.r: 4 -> 3" in told
+    assert "training.dataloader_drop_last: None -> True" in told
     assert "training.learning_rate: 0.01 -> 0.5" in told
     assert "num_train_epochs" not in told
     assert "--fresh" in told
@@ -447,6 +456,13 @@ def test_fresh_moves_the_old_run_aside(toy, train):
     assert {p.relative_to(aside): content for p, content in stamps(aside).items()} == before
     assert again.record["status"] == "complete"
     assert trajectory(again) != trajectory(Run(aside))
+
+
+def test_fresh_moves_a_damaged_run_aside(toy, train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text('{"status": "comp')
+    assert train(toy(training={"num_train_epochs": 1}), fresh=True).record["status"] == "complete"
+    assert (tmp_path / "run.1/run.json").read_text() == '{"status": "comp'
 
 
 def test_a_directory_that_is_no_run_is_not_touched(toy, train, tmp_path):

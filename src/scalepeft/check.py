@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ _ABOVE_ZERO = (
     "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 """Numbers that upstream takes at any value, to divide by zero or to train nothing."""
+
+_NOT_NEGATIVE = ("seed", "data_seed", "dataloader_num_workers", "neftune_noise_alpha")
+"""Numbers that upstream takes at any value, to fail on a negative one with a traceback."""
 
 EVALUATION_NAME = r"^[A-Za-z0-9_-]+$"
 """What an evaluation set may be called: its name becomes part of metric names and file names."""
@@ -203,6 +207,10 @@ def _across(document: Document, values: Mapping[str, Any], *, complete: bool) ->
         )
     if values.get("early_stopping") is not None and not best:
         yield f"{document.where(('early_stopping',))}: early_stopping needs training.load_best_model_at_end: true"
+    patience = _mapping(values.get("early_stopping")).get("early_stopping_patience")
+    if isinstance(patience, int) and patience < 1:
+        where = document.where(("early_stopping", "early_stopping_patience"))
+        yield f"{where}: early_stopping.early_stopping_patience must be at least 1"
 
 
 def _model(document: Document, model: Mapping[str, Any]) -> Iterator[str]:
@@ -223,6 +231,12 @@ def _training(document: Document, training: Mapping[str, Any]) -> Iterator[str]:
             yield f"{where}: training.{name}: {str(value).lower()} {reason}"
         if name in _ABOVE_ZERO and isinstance(value, int | float) and not value > 0:
             yield f"{where}: training.{name} must be above 0"
+        if name in _NOT_NEGATIVE and isinstance(value, int | float) and not value >= 0:
+            yield f"{where}: training.{name} must not be negative"
+    smoothing = training.get("label_smoothing_factor")
+    if isinstance(smoothing, int | float) and not 0 <= smoothing <= 1:
+        where = document.where(("training", "label_smoothing_factor"))
+        yield f"{where}: training.label_smoothing_factor must be from 0 to 1"
 
 
 def _batch(document: Document, values: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[str]:
@@ -251,17 +265,22 @@ def _data(document: Document, data: Mapping[str, Any]) -> Iterator[str]:
         if source.get("first_rows") is not None and source.get("sample_rows") is not None:
             yield f"{document.where((*key, 'sample_rows'))}: {title}: give first_rows or sample_rows, not both"
         for name in ("first_rows", "sample_rows", "weight"):
-            if isinstance(source.get(name), int | float) and not source[name] > 0:
-                yield f"{document.where((*key, name))}: {title}.{name} must be above 0"
+            if isinstance(source.get(name), int | float) and not 0 < source[name] < math.inf:
+                yield f"{document.where((*key, name))}: {title}.{name} must be above 0 and finite"
+        yield from _seed(document, (*key, "sample_seed"), source)
+        yield from _text_columns(document, (*key, "text_columns"), source)
     if isinstance(train, list):
         weighted = [_mapping(source).get("weight") is not None for source in train]
         if not train:
             yield f"{document.where(('data', 'train'))}: data.train is an empty list"
         if any(weighted) and not all(weighted):
             yield f"{document.where(('data', 'train'))}: data.train: give every source a weight, or none"
-    columns, size = data.get("text_columns"), _mapping(holdout).get("size")
-    if isinstance(columns, list) and not 1 <= len(columns) <= 2:
-        yield f"{document.where(('data', 'text_columns'))}: data.text_columns takes one column or a pair, not {len(columns)}"
+    yield from _text_columns(document, ("data", "text_columns"), data)
+    yield from _seed(document, ("data", "holdout", "seed"), _mapping(holdout))
+    names = data.get("label_names")
+    if isinstance(names, list) and len(set(map(str, names))) < len(names):
+        yield f"{document.where(('data', 'label_names'))}: data.label_names names a label twice"
+    size = _mapping(holdout).get("size")
     if isinstance(size, int | float) and not size > 0:
         yield f"{document.where(('data', 'holdout', 'size'))}: data.holdout.size must be above 0"
     share, copies = (_mapping(data.get("augmentation")).get(name) for name in ("share", "copies"))
@@ -270,6 +289,18 @@ def _data(document: Document, data: Mapping[str, Any]) -> Iterator[str]:
         yield f"{where}: data.augmentation.share must be above 0 and at most 1"
     if isinstance(copies, int) and copies < 1:
         yield f"{document.where(('data', 'augmentation', 'copies'))}: data.augmentation.copies must be at least 1"
+
+
+def _text_columns(document: Document, key: Key, section: Mapping[str, Any]) -> Iterator[str]:
+    columns = section.get("text_columns")
+    if isinstance(columns, list) and not 1 <= len(columns) <= 2:
+        yield f"{document.where(key)}: {'.'.join(key)} takes one column or a pair, not {len(columns)}"
+
+
+def _seed(document: Document, key: Key, section: Mapping[str, Any]) -> Iterator[str]:
+    seed = section.get(key[-1])
+    if isinstance(seed, int) and not 0 <= seed < 2**32:
+        yield f"{document.where(key)}: {'.'.join(key)} must be from 0 to 2^32 - 1"
 
 
 def _sources(data: Mapping[str, Any]) -> Iterator[tuple[Key, Mapping[str, Any]]]:

@@ -47,20 +47,19 @@ class Labels:
                 known[key] = self._number(label)
             numbers.append(known[key])
         outside = [n.detail for n in known.values() if isinstance(n, Bad) and n.reason == LABEL_OUTSIDE]
+        if wanted.label_optional:  # a file to predict: whatever stands there, no label is asked for
+            return [UNLABELLED if isinstance(n, Bad) else n for n in numbers]
         if outside and not any(isinstance(n, int) for n in known.values()):
             hint = "" if self.declared else "; data.label_names says which label is 0, 1, ..."
             names = _some(map(repr, self.names))
             problem = f"no label of {source.path} is among the label names {names}; it has {_some(outside)}{hint}"
             raise wanted.fail("label_column", problem)
-        if wanted.label_optional:
-            absent = (LABEL_MISSING, LABEL_NONE)
-            return [UNLABELLED if isinstance(n, Bad) and n.reason in absent else n for n in numbers]
         return numbers
 
     def _named_here(self, raw: Sequence[Any], source: Opened, wanted: Wanted) -> Sequence[Any]:
         """The labels of a source that declares names, as these names, or as places if the names have been changed."""
         own = source.names
-        if not own:
+        if not own or wanted.label_optional:
             return raw
         if set(own) <= set(self.names):
             return [own[label] if isinstance(label, int) and 0 <= label < len(own) else label for label in raw]
@@ -96,7 +95,7 @@ class Scores(Labels):
         """Each label of a source as a finite number, or what is wrong with it."""
         found = [self._score(label) for label in raw]
         if wanted.label_optional:
-            return [UNLABELLED if isinstance(n, Bad) and n.reason == LABEL_MISSING else n for n in found]
+            return [UNLABELLED if isinstance(n, Bad) else n for n in found]
         return found
 
     @staticmethod

@@ -55,12 +55,13 @@ def tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def longest_input(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest input in tokens that tokenizer and model take."""
+    """The longest input in tokens that tokenizer and model take, beside the virtual tokens of an adapter that has some."""
     config = _config(recipe, labels=None)
     positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions start after the padding index
         positions -= config.pad_token_id + 1
-    return int(min(positions, tokenizer.model_max_length))
+    virtual = (recipe.adapter or {}).get("num_virtual_tokens") or 0  # of prompt and prefix tuning: they take positions
+    return int(min(positions - virtual, tokenizer.model_max_length))
 
 
 def build(recipe: Recipe, labels: Sequence[str], *, total_steps: int) -> tuple[Trained, list[str]]:
@@ -101,6 +102,9 @@ def _continued(recipe: Recipe, base: PreTrainedModel, new: list[str]) -> tuple[P
         path = adapter_path(str(options["name_or_path"]))
         if Path(path).is_dir() and not Path(path, "adapter_config.json").is_file():
             raise recipe.error("adapter.name_or_path", f"{path} holds no adapter (no adapter_config.json)")
+        if Path(path).is_dir() and recipe.model.use_safetensors and not Path(path, "adapter_model.safetensors").is_file():
+            told = f"{path} holds no adapter_model.safetensors; model.use_safetensors: false also admits pickled weights"
+            raise recipe.error("adapter.name_or_path", told)
         saved = load_peft_weights(path, device="cpu", **source)
         with warnings.catch_warnings():  # peft warns of what is checked below
             warnings.filterwarnings("ignore", message="Some weights of PeftModel")

@@ -43,7 +43,10 @@ def evaluate_main(arguments: Sequence[str]) -> int:
     _refuse_existing(options.output)
     found = evaluate(_complete(options.run), options.overrides)
     if options.output:
-        runs.write(options.output, json.dumps(found, indent=2) + "\n")
+        try:
+            runs.write(options.output, json.dumps(found, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{options.output}: cannot be written: {error.strerror}") from None
     from scalepeft.report import figures, per_class
 
     names = figures(next(iter(found.values())))

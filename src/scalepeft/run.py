@@ -149,11 +149,15 @@ _OBSERVES = (
     "logging_",
     "log_",
     "eval_",
+    "per_device_eval_batch_size",
     "save_",
     "report_to",
     "run_name",
     "disable_tqdm",
-    "dataloader_",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
     "hub_",
     "push_to_hub",
 )
@@ -175,13 +179,14 @@ class Run:
     def record(self) -> dict[str, Any]:
         """run.json as it stands; empty when there is none. Raises UserError when it is not JSON."""
         try:
-            text = (self.path / RECORD).read_text(encoding="utf-8")
+            found = json.loads((self.path / RECORD).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        try:
-            return dict(json.loads(text))
         except ValueError:
-            raise UserError(f"{self.path / RECORD}: is damaged; move the directory aside, or train with --fresh") from None
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{self.path / RECORD}: is damaged; move the directory aside, or train with --fresh")
+        return found
 
     @property
     def weights(self) -> Path:
@@ -256,10 +261,11 @@ class Run:
         return aside
 
 
-def inspect(recipe: Recipe) -> Literal["new", "unfinished", "trained", "complete"]:
+def inspect(recipe: Recipe, *, fresh: bool = False) -> Literal["new", "unfinished", "trained", "complete"]:
     """What is at the recipe's output directory; reads only. `trained` lacks only the verification.
 
-    Raises UserError when it is not a run, or a run of another recipe.
+    A run that is to be moved aside (`fresh`) counts as new. Raises UserError when it is not a run, or, unless `fresh`, a run
+    of another recipe.
     """
     run = Run(recipe.output_dir)
     if run.path.exists() and not run.path.is_dir():
@@ -269,8 +275,11 @@ def inspect(recipe: Recipe) -> Literal["new", "unfinished", "trained", "complete
         raise recipe.error("training.output_dir", f"{parent} cannot be written")
     if not run.path.exists() or not any(p for p in run.path.iterdir() if p.name != LOCK):
         return "new"
-    if not run.record:
+    if not (run.path / RECORD).is_file():
         raise recipe.error("training.output_dir", f"{run.path} exists and is not a run (no {RECORD}); choose another directory")
+    if fresh:
+        return "new"
+    status = run.record.get("status")  # a damaged record is told before anything else
     differences = _differences(run, recipe)
     refused = {k: pair for k, pair in differences.items() if not _may_change(k, *pair)}
     if refused:
@@ -283,7 +292,7 @@ def inspect(recipe: Recipe) -> Literal["new", "unfinished", "trained", "complete
                 f"{run.path}: holds no checkpoint to lengthen the run from; move it aside with --fresh to train anew"
             )
         return "unfinished"
-    if run.record.get("status") == "complete":
+    if status == "complete":
         return "complete"
     return "trained" if (run.path / VERIFICATION).is_file() else "unfinished"
 

@@ -75,7 +75,7 @@ def session(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, *,
 def _claim(recipe: Recipe, run: Run, lock: FileLock, *, fresh: bool) -> None:
     """Make the directory, after an old one was moved aside when that is asked for, and take its lock."""
     try:
-        if fresh and run.record:
+        if fresh and (run.path / runs.RECORD).is_file():
             with lock.acquire(timeout=0):  # not from under another process
                 aside = run.move_aside()
             say(f"{run.path}: moved aside to {aside}")

@@ -50,7 +50,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
     is. Raises UserError for what the user can mend and Interrupted when asked to stop: the same call then resumes.
     """
     run = Run(recipe.output_dir)
-    state = "new" if fresh else runs.inspect(recipe)
+    state = runs.inspect(recipe, fresh=fresh)
     if state == "complete":
         say(f"{run.path}: is complete already; --fresh moves it aside and trains anew")
     if state in ("complete", "trained"):
@@ -67,11 +67,12 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
 
     tokenizer = model.tokenizer(recipe)
     corpus = data.prepare(recipe, tokenizer, limit=model.longest_input(recipe, tokenizer))
-    arguments = _arguments(
-        recipe, run, resumed=state == "unfinished"
-    )  # several processes form their group here, after all preparation
+    # several processes form their group here, after all preparation
+    arguments = _arguments(recipe, run, resumed=state == "unfinished")
     set_seed(arguments.seed)
     batches = step_batches(arguments, corpus.sets["train"].lengths)
+    if not len(batches):
+        raise recipe.error("training.dataloader_drop_last", "leaves no batch: there are fewer rows than one step takes")
     built, new = model.build(recipe, corpus.label_names, total_steps=total_steps(arguments, batches))
     task = tasks.task(recipe, tokenizer, corpus.label_names, label_smoothing=arguments.label_smoothing_factor)
     _check_best_metric(recipe, arguments, task, corpus)
@@ -84,8 +85,6 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
         with contextlib.suppress(OSError):  # upstream has made the directory already; only an empty one goes
             run.path.rmdir()
         raise recipe.error("training", one_line(error)) from error
-    if not len(batches):
-        raise recipe.error("training.dataloader_drop_last", "leaves no batch: there are fewer rows than one step takes")
     with session(recipe, run, corpus, trainer, fresh=fresh) as checkpoint:
         _describe(recipe, run, corpus, trainer, new)
         started = time.monotonic()
