@@ -1,4 +1,4 @@
-# make setup | quickstart | test | test-all | lint | schema | bench. PYTHON chooses the interpreter that .venv is made from.
+# make setup | quickstart | test | test-all | lint | schema | recipes-table | bench. PYTHON chooses the interpreter of .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,10 +6,10 @@ BIN := .venv/bin
 READY := .venv/.ready-$(shell sed '/^\[tool/,$$d' pyproject.toml | cat - constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install quickstart test test-all test-long lint schema bench
+.PHONY: help setup install quickstart test test-all test-long lint schema recipes-table bench
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(READY)  ## install everything into .venv, once
 
@@ -48,6 +48,9 @@ lint: setup  ## ruff and mypy
 
 schema: setup  ## write recipes/schema.json anew
 	$(BIN)/scalepeft schema > recipes/schema.json
+
+recipes-table: setup  ## write recipes/README.md anew
+	$(BIN)/python benchmarks/recipes_table.py
 
 bench: setup  ## measure what is claimed about speed
 	$(BIN)/python benchmarks/startup.py

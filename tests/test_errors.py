@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -429,3 +430,16 @@ def test_what_is_no_run_is_named(fails, tmp_path, toy, verb):
     rest = ["--data", "test.csv", "--output", "out.csv"] if verb == "predict" else []
     assert "is not a run directory" in fails(verb, tmp_path, *rest)
     assert "is not a run directory" in fails(verb, tmp_path / "nothing", *rest)
+
+
+def test_code_that_comes_with_a_model_is_not_run(toy, tiny_model, tmp_path, capsys):
+    own = tmp_path / "own"
+    shutil.copytree(tiny_model, own)
+    config = json.loads((own / "config.json").read_text())
+    named = {"AutoConfig": "code.OwnConfig", "AutoModelForSequenceClassification": "code.OwnModel"}
+    (own / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": named}))
+    (own / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    recipe = toy(model={"name_or_path": str(own)})
+    assert cli.main(["train", str(recipe)]) == 2
+    assert "model.name_or_path" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()

@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as Xml
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -30,7 +30,7 @@ def run_of(
     best: dict[str, Any] | None = None,
     lines: list[dict[str, Any]] | None = None,
 ) -> Run:
-    """A run directory as far as pictures need it, of these classes; none of them is a regression."""
+    """A run directory as far as pictures need it, of these classes; without any it is a regression."""
     folder.mkdir(exist_ok=True)
     details = {
         "per_class": {n: {} for n in names},
@@ -45,13 +45,13 @@ def run_of(
 
 def texts(svg: Path) -> list[str]:
     """What is written in a picture: each text stands in a comment before its outlines."""
-    parser = Xml.XMLParser(target=Xml.TreeBuilder(insert_comments=True))  # noqa: S314  # our own file
-    tree = Xml.parse(svg, parser)  # noqa: S314
-    return [str(element.text).strip() for element in tree.iter() if element.tag is Xml.Comment]
+    parser = ET.XMLParser(target=ET.TreeBuilder(insert_comments=True))  # noqa: S314  # our own file
+    tree = ET.parse(svg, parser)  # noqa: S314
+    return [str(element.text).strip() for element in tree.iter() if element.tag is ET.Comment]
 
 
 def marks(svg: Path, gid: str) -> int:
-    return sum(element.get("id") == gid for element in Xml.parse(svg).iter())  # noqa: S314
+    return sum(element.get("id") == gid for element in ET.parse(svg).iter())  # noqa: S314
 
 
 def test_the_table_holds_the_numbers_of_the_log(tmp_path):
@@ -66,7 +66,7 @@ def test_pictures_of_both_formats(tmp_path):
     report.curves(run_of(tmp_path))
     for name in ("curves", "confusion"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n")
-        assert Xml.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")  # noqa: S314
+        assert ET.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")  # noqa: S314
 
 
 def test_training_and_each_set_are_told_apart(tmp_path):

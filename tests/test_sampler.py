@@ -115,3 +115,15 @@ def test_the_padding_told_is_the_padding_done(strategy, rows, batch):
     sampler = StepBatches(lengths(rows), batch_size=batch, strategy=strategy)
     tokens = padded(lengths(rows), list(sampler))
     assert sampler.padding_waste() == pytest.approx(1 - int(lengths(rows).sum()) / tokens if tokens else 0.0)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_rows_after_a_step_are_those_its_batches_hold(drop_last):
+    lengths = np.arange(1, 24)
+    batches = StepBatches(lengths, batch_size=2, accumulation=2, processes=2, drop_last=drop_last)
+    per_epoch = [8, 8] if drop_last else [8, 8, 7]
+    seen = [0]
+    for rows in per_epoch * 3:
+        seen.append(seen[-1] + rows)
+    assert [batches.rows_after(step) for step in range(len(seen))] == seen
+    assert batches.rows_per_epoch == sum(per_epoch)

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from scalepeft.console import note
 from scalepeft.run import Run
+from scalepeft.sampler import StepBatches
 
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 """Endings of what upstream measures beside the metrics of an evaluation."""
@@ -23,8 +24,8 @@ SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation
 class MetricsLog(TrainerCallback):  # type: ignore[misc]
     """Appends what is measured to metrics.jsonl."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, batches: StepBatches) -> None:
+        self.run, self.batches = run, batches
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         """Keep the documented keys: no times, so that the same training writes the same bytes."""
@@ -34,7 +35,9 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
             if k in ("loss", "grad_norm", "learning_rate") or (k.startswith("eval_") and not k.endswith(SPEED))
         }
         if measured and state.is_world_process_zero:
-            self.run.log({"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **measured})
+            # by rows: upstream's epoch counts micro-batches, and differs between layouts within an epoch whose end is uneven
+            epoch = self.batches.rows_after(state.global_step) / self.batches.rows_per_epoch
+            self.run.log({"step": state.global_step, "epoch": round(epoch, 6), **measured})
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]

@@ -150,6 +150,8 @@ class _Checking:
             wanted = " or ".join(sorted(kind.kinds - {"null"})).replace("dict", "mapping") or "null"
             shown = f"{value!r} ({_NAMES[type(value)]})" if isinstance(value, bool | int | float | str) else _NAMES[type(value)]
             yield f"{where}: {title} is {shown}; it takes {wanted}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{where}: {title} is {value}; it takes a finite number"
         elif isinstance(value, str) and kind.values and value not in kind.values:
             some = ", ".join(kind.values[:12]) + (", ..." if len(kind.values) > 12 else "")
             yield f"{where}: {title} has no value {value!r}{did_you_mean(value, kind.values) or f'; it is one of {some}'}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 
@@ -104,6 +105,8 @@ def program(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str
     except ScalepeftError as error:
         if speaks:
             print(error, file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # a launcher ends all processes when the first leaves: rank 0 must have spoken by then
         return error.exit_status
     except KeyboardInterrupt:
         if speaks:

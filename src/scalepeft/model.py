@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PeftModel,
@@ -100,15 +101,18 @@ def _continued(recipe: Recipe, base: PreTrainedModel, new: list[str]) -> tuple[P
     source = {"revision": options["revision"]} if options.get("revision") else {}
     with _upstream_errors(recipe, "adapter.name_or_path"):
         path = adapter_path(str(options["name_or_path"]))
-        if Path(path).is_dir() and not Path(path, "adapter_config.json").is_file():
+        weights = ["*.safetensors"] if recipe.model.use_safetensors else ["*.safetensors", "*.bin"]
+        if not Path(path).is_dir():
+            path = snapshot_download(path, allow_patterns=["adapter_config.json", *weights], **source)
+        if not Path(path, "adapter_config.json").is_file():
             raise recipe.error("adapter.name_or_path", f"{path} holds no adapter (no adapter_config.json)")
-        if Path(path).is_dir() and recipe.model.use_safetensors and not Path(path, "adapter_model.safetensors").is_file():
+        if recipe.model.use_safetensors and not Path(path, "adapter_model.safetensors").is_file():
             told = f"{path} holds no adapter_model.safetensors; model.use_safetensors: false also admits pickled weights"
             raise recipe.error("adapter.name_or_path", told)
-        saved = load_peft_weights(path, device="cpu", **source)
+        saved = load_peft_weights(path, device="cpu")
         with warnings.catch_warnings():  # peft warns of what is checked below
             warnings.filterwarnings("ignore", message="Some weights of PeftModel")
-            model = PeftModel.from_pretrained(base, path, is_trainable=True, ignore_mismatched_sizes=True, **source)
+            model = PeftModel.from_pretrained(base, path, is_trainable=True, ignore_mismatched_sizes=True)
     built = get_peft_model_state_dict(model)
     unused = [name for name in saved if name not in built]
     differing = [name for name in saved if name in built and saved[name].shape != built[name].shape]

@@ -36,9 +36,10 @@ def evaluate_main(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="e.g. data.evaluation.new.path=new.csv")
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this new file")
     options = parser.parse_intermixed_args(arguments)
-    foreign = [o for o in options.overrides if not o.startswith(("data.", "training.per_device_eval_batch_size="))]
+    allowed = ("data.", "training.per_device_eval_batch_size=")
+    foreign = [o for o in options.overrides if not o.startswith(allowed) or o.startswith("data.label_names")]
     if foreign:
-        told = "of a trained run only data.* and training.per_device_eval_batch_size may change"
+        told = "of a trained run only data.* but the label names, and training.per_device_eval_batch_size, may change"
         raise UserError(f"command line: {foreign[0]!r}: {told}")
     _refuse_existing(options.output)
     found = evaluate(_complete(options.run), options.overrides)

@@ -20,9 +20,14 @@ FORMATS = ("png", "svg")
 MOST_CLASSES = 20
 """Classes of the largest confusion matrix that is drawn."""
 
-_SCORES = {"accuracy": ("accuracy", "-"), "f1_macro": ("macro F1", "--")}
+_SCORES = {
+    "accuracy": ("accuracy", "-"),
+    "f1_macro": ("macro F1", "--"),
+    "pearson": ("Pearson", "-"),
+    "spearman": ("Spearman", "--"),
+}
 """The figures of the second panel: how they are called there, and their line."""
-_LONGEST_NAME = 16  # characters of a class name on an axis
+_LONGEST_NAME = 18  # characters of a class name on an axis
 
 
 def panel(title: str, rows: Mapping[str, str]) -> str:
@@ -75,12 +80,13 @@ def confusion(run: Run) -> bool:
     run.json holds it all the same.
     """
     record = run.record
-    name, found = next(iter(record["evaluation"].items()), ("", {}))
-    counts = (found.get("after") or {}).get("confusion")
-    if counts is None or len(counts) > MOST_CLASSES:
-        return False
-    _save(_confusion(counts, list(found["after"]["per_class"]), f"{record['name']}: {name}"), run.path / "confusion")
-    return True
+    for name, found in record["evaluation"].items():
+        after = found["after"] or {}
+        if not 0 < len(after.get("confusion", ())) <= MOST_CLASSES:
+            return False
+        _save(_confusion(after["confusion"], list(after["per_class"]), f"{record['name']}: {name}"), run.path / "confusion")
+        return True
+    return False
 
 
 def _curves(lines: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, sets: Sequence[str], title: str) -> Figure:
@@ -91,20 +97,23 @@ def _curves(lines: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, 
         found = [(line["step"], line[key]) for line in lines if key in line]
         return [s for s, _ in found], [v for _, v in found]
 
-    drawn = [("loss", "loss (nats)", {"loss": ("loss", "-")}), ("scores", "score", _SCORES)]
-    prefixes = {name: "eval_" if place == 0 else f"eval_{name}_" for place, name in enumerate(sets or ["evaluation"])}
     logged = {key for line in lines for key in line}
-    drawn = [of for of in drawn if of[0] == "loss" or any(f"{p}{key}" in logged for p in prefixes.values() for key in of[2])]
+    prefixes = {name: "eval_" if place == 0 else f"eval_{name}_" for place, name in enumerate(sets or ["evaluation"])}
+    scored = any(f"{prefix}{key}" in logged for prefix in prefixes.values() for key in _SCORES)
+    loss = "mean squared error" if "eval_pearson" in logged else "loss (nats)"
+    drawn = [(loss, {"loss": ("loss", "-")}), *([("score", _SCORES)] if scored else [])]
     figure = Figure(figsize=(4.1 * len(drawn), 3.3), dpi=150, layout="constrained")
     chosen = str((best or {}).get("metric", "")).removeprefix("eval_")
-    for axis, (panel_name, label, wanted) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        if panel_name == "loss":
+    for axis, (label, wanted) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        if label == loss:
             axis.plot(*series("loss"), label="training", color="0.6", linewidth=1)
         for place, (name, prefix) in enumerate(prefixes.items()):
-            look: dict[str, Any] = {"color": f"C{place}", "marker": "o", "markersize": 3.5, "linewidth": 1.5}
+            width = 2.0 if place == 0 else 1.1  # the main set is seen beneath the others where they are alike
+            look: dict[str, Any] = {"color": f"C{place}", "marker": "o", "markersize": 2.2 * width, "linewidth": width}
             for key, (called, line) in wanted.items():
                 if f"{prefix}{key}" in logged:
-                    axis.plot(*series(f"{prefix}{key}"), linestyle=line, label=f"{name}: {called}", **look)
+                    face = look["color"] if line == "-" else "white"
+                    axis.plot(*series(f"{prefix}{key}"), line, label=f"{name}: {called}", markerfacecolor=face, **look)
                 if best is not None and f"{prefix}{key}" == f"eval_{chosen}":
                     axis.plot(best["step"], best["value"], "*", color="black", markersize=10, zorder=5, gid="best")
         if best is not None:
@@ -114,7 +123,7 @@ def _curves(lines: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, 
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
         if axis.lines:
-            axis.legend(frameon=False, fontsize="small")
+            axis.legend(frameon=False, fontsize="small", handlelength=3)
     figure.axes[0].set_ylim(bottom=0)
     figure.suptitle(title, fontsize="medium").set_parse_math(False)
     return figure
@@ -126,30 +135,38 @@ def _confusion(counts: Sequence[Sequence[int]], names: Sequence[str], title: str
 
     classes, totals = len(names), [sum(row) for row in counts]
     shares = [[count / max(total, 1) for count in row] for row, total in zip(counts, totals, strict=True)]
-    shown = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}" for name in names]
-    cell = max(0.5, min(1.1, 6.2 / classes))
-    size = 10 if classes <= 6 else 8 if classes <= 12 else 6
-    figure = Figure(figsize=(cell * classes + 2.0, cell * classes + 1.2), dpi=150, layout="constrained")
+    few = classes <= 6
+    cell = 1.15 if few else 0.62 if classes <= 12 else 0.44  # inches
+    widest = max(6, *(len(f"{count:,}") for row in counts for count in row))
+    size = min(10.0 if few else 8.0, 72 * cell / (0.62 * widest))  # points; a digit is 0.62 of that wide
+    shown = [_short(name) for name in names]
+    figure = Figure(figsize=(cell * classes + 2.0, cell * classes + 1.2), dpi=150)
     axis = figure.subplots()
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for truth, row in enumerate(counts):
         for predicted, count in enumerate(row):
             share = shares[truth][predicted]
             colour = "white" if share > 0.5 else "black" if count else "0.6"
-            text = f"{count:,}\n{share:.1%}" if count else "0"
+            text = f"{count:,}\n{share:{'.1%' if few else '.0%'}}" if count else "0"
             axis.text(predicted, truth, text, ha="center", va="center", color=colour, fontsize=size)
-    turned = max(map(len, shown)) * size * 0.6 > cell * 72  # points: longer than a cell is wide
+    turned = max(map(len, shown)) * 0.62 * (10 if few else 8) > 72 * cell
     axis.set_xticks(range(classes), shown, rotation=40 if turned else 0, ha="right" if turned else "center", parse_math=False)
     axis.set_yticks(range(classes), [f"{n} ({t:,})" for n, t in zip(shown, totals, strict=True)], parse_math=False)
-    axis.tick_params(length=0, labelsize=max(size, 7))
+    axis.tick_params(length=0, labelsize=10 if few else 8)
     axis.set_xticks([place + 0.5 for place in range(classes - 1)], minor=True)
     axis.set_yticks([place + 0.5 for place in range(classes - 1)], minor=True)
     axis.grid(which="minor", color="white", linewidth=1.5)
     axis.tick_params(which="minor", length=0)
     axis.spines[:].set_visible(False)
     axis.set(xlabel="predicted", ylabel="truth (rows)")
-    figure.suptitle(f"{title}, {sum(totals):,} rows", fontsize="medium").set_parse_math(False)
+    axis.set_title(f"{title}, {sum(totals):,} rows", fontsize="medium", parse_math=False)
     return figure
+
+
+def _short(name: str) -> str:
+    """A class name as it fits on an axis: beginning and end, by which the names of many classes differ."""
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -162,4 +179,4 @@ def _save(figure: Figure, path: Path) -> None:
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script that the font lacks
         for format_ in FORMATS:
             metadata = {"Date": None} if format_ == "svg" else None
-            figure.savefig(path.with_suffix(f".{format_}"), metadata=metadata)
+            figure.savefig(path.with_suffix(f".{format_}"), metadata=metadata, bbox_inches="tight", pad_inches=0.08)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scalepeft import recipe as recipes
+from scalepeft import upstream
 from scalepeft.errors import UserError
 from scalepeft.recipe import Recipe
 
@@ -281,7 +282,7 @@ def inspect(recipe: Recipe, *, fresh: bool = False) -> Literal["new", "unfinishe
         return "new"
     status = run.record.get("status")  # a damaged record is told before anything else
     differences = _differences(run, recipe)
-    refused = {k: pair for k, pair in differences.items() if not _may_change(k, *pair)}
+    refused = {k: pair for k, pair in differences.items() if not _may_change(recipe, k, *pair)}
     if refused:
         told = "; ".join(f"{k}: {was!r} -> {now!r}" for k, (was, now) in refused.items())
         hint = "give another training.output_dir, or move it aside with --fresh"
@@ -303,10 +304,14 @@ def _differences(run: Run, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     return {k: (was.get(k), now.get(k)) for k in keys}
 
 
-def _may_change(key: str, was: Any, now: Any) -> bool:
+def _may_change(recipe: Recipe, key: str, was: Any, now: Any) -> bool:
+    section, _, name = key.partition(".")
     if key in _LENGTHENS:
+        default = upstream.fields(upstream.TASK_ARGUMENTS[recipe.task])[name].default
+        was, now = (default if value is None else value for value in (was, now))
         return isinstance(was, int | float) and isinstance(now, int | float) and 0 < was < now
-    return key.startswith("training.") and key.removeprefix("training.").startswith(_OBSERVES)
+    chooses = recipe.training.get("load_best_model_at_end") and name.startswith(("eval_", "save_"))
+    return section == "training" and name.startswith(_OBSERVES) and not chooses
 
 
 def write(path: Path, text: str) -> None:

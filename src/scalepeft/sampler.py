@@ -75,6 +75,18 @@ class StepBatches:
         """Rows per optimizer step over all processes."""
         return self.batch_size * self.accumulation * self.num_processes
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of an epoch over all processes: all of them, unless drop_last leaves out those of an incomplete step."""
+        rows = len(self.lengths)
+        return rows - rows % self.global_batch if self.drop_last else rows
+
+    def rows_after(self, steps: int) -> int:
+        """Rows trained on after so many optimizer steps, over all processes."""
+        per_epoch = -(-self.rows_per_epoch // self.global_batch)
+        epochs, rest = divmod(steps, per_epoch)
+        return epochs * self.rows_per_epoch + min(rest * self.global_batch, self.rows_per_epoch)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration runs."""
         self.epoch = epoch

@@ -42,7 +42,7 @@ def session(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, *,
                 shutil.rmtree(run.path, ignore_errors=True)
             lock.release()
             raise _mendable(run, error) or error from None
-        trainer.add_callback(MetricsLog(run))
+        trainer.add_callback(MetricsLog(run, trainer.step_batches()))
     trainer.accelerator.wait_for_everyone()
 
     def leave_at_once() -> None:

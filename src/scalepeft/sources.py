@@ -98,7 +98,7 @@ class Wanted:
             if name in there or (name == self.label and self.label_optional):
                 continue
             key = "label_column" if name == self.label else "text_columns"
-            shown = ", ".join(map(repr, there)) or "none"
+            shown = ", ".join(map(repr, there[:20])) + (", ..." if len(there) > 20 else "") or "none"
             raise self.fail(key, f"there is no column {name!r}; the columns are {shown}{did_you_mean(name, there)}")
         if twice := [name for name in [*self.texts, self.label] if there.count(name) > 1]:
             raise self.fail("path", f"the header has the column {twice[0]!r} more than once")

@@ -89,7 +89,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
         _describe(recipe, run, corpus, trainer, new)
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        _record_training(run, corpus, trainer, time.monotonic() - started)
+        _record_training(run, trainer, time.monotonic() - started)
         _stop_if_requested(run, trainer)
         _record_evaluation(run, trainer)
         _save(recipe, run, corpus, trainer)
@@ -111,6 +111,8 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
         "restore_callback_states_from_checkpoint": recipe.early_stopping is not None,
     }
     given |= {**recipe.training, "output_dir": str(run.path)}
+    if recipe.global_batch_size is not None:  # before the arguments are made: DeepSpeed's are filled from them at once
+        given["gradient_accumulation_steps"] = _accumulation(recipe, recipe.global_batch_size)
     if resumed and run.record["evaluation"]:  # before its first step, in the session that began it
         given["eval_on_start"] = False
     # read where neither bf16 nor fp16 is set: a launch file's mixed_precision would slip in
@@ -126,13 +128,17 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     os.environ.setdefault("WANDB_DIR", str(run.path))  # beside the run's other files, not in the working directory
     # one process drives one device: upstream would start DataParallel, which multiplies the batch, and has no option against it
     arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001
-    if recipe.global_batch_size is not None:
-        together = arguments.per_device_train_batch_size * arguments.world_size
-        if recipe.global_batch_size % together:
-            told = f"{arguments.per_device_train_batch_size} rows x {arguments.world_size} processes"
-            raise recipe.error("global_batch_size", f"{recipe.global_batch_size} is not a multiple of {together} ({told})")
-        arguments.gradient_accumulation_steps = recipe.global_batch_size // together
     return arguments
+
+
+def _accumulation(recipe: Recipe, rows: int) -> int:
+    """The accumulation that makes an optimizer step of so many rows over all processes."""
+    batch: int = recipe.training.get("per_device_train_batch_size", 8)  # upstream's default
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if rows % (batch * processes):
+        told = f"{rows} is not a multiple of {batch * processes} ({batch} rows x {processes} processes)"
+        raise recipe.error("global_batch_size", told)
+    return rows // (batch * processes)
 
 
 def _check_best_metric(recipe: Recipe, arguments: TrainingArguments, task: SequenceClassification, corpus: Corpus) -> None:
@@ -202,7 +208,7 @@ def _revision(recipe: Recipe, trainer: RecipeTrainer) -> dict[str, str]:
     return {recipe.model.name_or_path: found} if found else {}
 
 
-def _record_training(run: Run, corpus: Corpus, trainer: RecipeTrainer, seconds: float) -> None:
+def _record_training(run: Run, trainer: RecipeTrainer, seconds: float) -> None:
     import resource
 
     import torch
@@ -221,7 +227,7 @@ def _record_training(run: Run, corpus: Corpus, trainer: RecipeTrainer, seconds: 
     run.update(
         step=state.global_step,
         seconds=round(seconds, 3),
-        samples_per_second=round((state.epoch or 0) * len(corpus.sets["train"].rows) / seconds, 3),
+        samples_per_second=round(trainer.step_batches().rows_after(state.global_step) / seconds, 3),
         peak_memory_bytes=peak,
         best=best if state.best_global_step else None,
         ranks=ranks,
