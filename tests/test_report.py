@@ -29,6 +29,7 @@ def run_of(
     *,
     best: dict[str, Any] | None = None,
     lines: list[dict[str, Any]] | None = None,
+    metrics: dict[str, Any] | None = None,
 ) -> Run:
     """A run directory as far as pictures need it, of these classes; without any it is a regression."""
     folder.mkdir(exist_ok=True)
@@ -37,7 +38,7 @@ def run_of(
         "confusion": [[8 if i == j else i for j in range(len(names))] for i in range(len(names))],
     }
     found = {"before": None, "after": details if names else {}}
-    record = {"name": "films", "best": best, "evaluation": {"test": found, "other": found}}
+    record = {"name": "films", "best": best, "evaluation": {"test": found, "other": found}, "metrics": metrics or {}}
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines or LINES), encoding="utf-8")
     return Run(folder)
@@ -142,3 +143,20 @@ def test_without_an_evaluation_only_the_loss_is_drawn(tmp_path):
     written = texts(tmp_path / "curves.svg")
     assert "loss (nats)" in written
     assert "score" not in written
+
+
+def test_the_figures_before_and_after_stand_side_by_side(tmp_path):
+    measured = {
+        "before": {"accuracy": 0.25, "f1_macro": 0.125, "loss": 1.5},
+        "after": {"accuracy": 0.75, "f1_macro": 0.5, "loss": 0.5},
+    }
+    assert report.before_after(run_of(tmp_path, metrics=measured))
+    written = texts(tmp_path / "before_after.svg")
+    assert {"0.250", "0.125", "0.750", "0.500", "accuracy", "f1 macro", "before", "after", "films: test"} <= set(written)
+    assert "loss" not in written
+
+
+@pytest.mark.parametrize("metrics", [{}, {"before": None, "after": {"accuracy": 0.5}}, {"before": None, "after": None}])
+def test_without_figures_from_before_nothing_is_drawn(tmp_path, metrics):
+    assert not report.before_after(run_of(tmp_path, metrics=metrics))
+    assert not (tmp_path / "before_after.svg").exists()

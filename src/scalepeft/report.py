@@ -1,4 +1,4 @@
-"""What a reader sees of a run: the start panel, the closing table, the curves, the confusion matrix."""
+"""What a reader sees of a run: the start panel, the closing table, and pictures of its course and its result."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def figures(found: Mapping[str, Any]) -> list[str]:
 
 
 def curves(run: Run) -> None:
-    """Draw metrics.jsonl as curves.png and curves.svg and write its numbers as curves.csv; draw the confusion matrix."""
+    """Draw metrics.jsonl as curves.png and curves.svg and write its numbers as curves.csv; draw the result beside them."""
     lines, record = run.lines(), run.record
     columns = ["step", "epoch", *sorted({k for line in lines for k in line} - {"step", "epoch"})]
     with (run.path / "curves.csv").open("w", encoding="utf-8", newline="") as file:
@@ -71,6 +71,21 @@ def curves(run: Run) -> None:
         writer.writerows(lines)
     _save(_curves(lines, record.get("best"), list(record["evaluation"]), record["name"]), run.path / "curves")
     confusion(run)
+    before_after(run)
+
+
+def before_after(run: Run) -> bool:
+    """Draw the main set's figures before and after training as before_after.png and before_after.svg.
+
+    Returns whether there is something to draw: it takes training.eval_on_start.
+    """
+    record = run.record
+    before, after = (record["metrics"].get(when) or {} for when in ("before", "after"))
+    shown = [name for name in figures(after) if name != "loss" and name in before]
+    if shown:
+        title = f"{record['name']}: {next(iter(record['evaluation']))}"
+        _save(_bars({name: (before[name], after[name]) for name in shown}, title), run.path / "before_after")
+    return bool(shown)
 
 
 def confusion(run: Run) -> bool:
@@ -126,6 +141,26 @@ def _curves(lines: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, 
             axis.legend(frameon=False, fontsize="small", handlelength=3)
     figure.axes[0].set_ylim(bottom=0)
     figure.suptitle(title, fontsize="medium").set_parse_math(False)
+    return figure
+
+
+def _bars(pairs: Mapping[str, tuple[float, float]], title: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.42 * len(pairs) + 1.1), dpi=150)
+    axis = figure.subplots()
+    for offset, when, colour in ((-0.2, 0, "0.7"), (0.2, 1, "tab:blue")):
+        places = [place + offset for place in range(len(pairs))]
+        bars = axis.barh(
+            places, [pair[when] for pair in pairs.values()], height=0.38, color=colour, label=("before", "after")[when]
+        )
+        axis.bar_label(bars, fmt="%.3f", padding=3, fontsize="small")
+    axis.set_yticks(range(len(pairs)), [name.replace("_", " ") for name in pairs])
+    axis.invert_yaxis()
+    axis.set_xlim(min(0, *(min(pair) for pair in pairs.values())), 1.08)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    axis.set_title(title, fontsize="medium", loc="left", parse_math=False)
     return figure
 
 

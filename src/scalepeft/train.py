@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from scalepeft import recipe as recipes
@@ -63,28 +63,19 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
 
     from scalepeft import data, model, tasks
     from scalepeft.session import session
-    from scalepeft.trainer import RecipeTrainer, step_batches, total_steps
+    from scalepeft.trainer import RecipeTrainer
 
     tokenizer = model.tokenizer(recipe)
     corpus = data.prepare(recipe, tokenizer, limit=model.longest_input(recipe, tokenizer))
     # several processes form their group here, after all preparation
     arguments = _arguments(recipe, run, resumed=state == "unfinished")
     set_seed(arguments.seed)
-    batches = step_batches(arguments, corpus.sets["train"].lengths)
-    if not len(batches):
-        raise recipe.error("training.dataloader_drop_last", "leaves no batch: there are fewer rows than one step takes")
-    built, new = model.build(recipe, corpus.label_names, total_steps=total_steps(arguments, batches))
     task = tasks.task(recipe, tokenizer, corpus.label_names, label_smoothing=arguments.label_smoothing_factor)
     _check_best_metric(recipe, arguments, task, corpus)
-    try:
+    built, new = model.build(recipe, corpus.label_names, total_steps=_total_steps(recipe, arguments, corpus))
+    with _refusals(recipe, run):
         trainer = RecipeTrainer(recipe, model=built, args=arguments, task=task, run=run, corpus=corpus)
         trainer.make_optimizer()
-    except OSError as error:
-        raise recipe.error("training.output_dir", f"{run.path} cannot be written: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        with contextlib.suppress(OSError):  # upstream has made the directory already; only an empty one goes
-            run.path.rmdir()
-        raise recipe.error("training", one_line(error)) from error
     with session(recipe, run, corpus, trainer, fresh=fresh) as checkpoint:
         _describe(recipe, run, corpus, trainer, new)
         started = time.monotonic()
@@ -129,6 +120,28 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     # one process drives one device: upstream would start DataParallel, which multiplies the batch, and has no option against it
     arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001
     return arguments
+
+
+@contextlib.contextmanager
+def _refusals(recipe: Recipe, run: Run) -> Iterator[None]:
+    """What upstream refuses when it makes trainer and optimizer, as errors of the recipe that leave nothing behind."""
+    try:
+        yield
+    except OSError as error:
+        raise recipe.error("training.output_dir", f"{run.path} cannot be written: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        with contextlib.suppress(OSError):  # upstream has made the directory already; only an empty one goes
+            run.path.rmdir()
+        raise recipe.error("training", one_line(error)) from error
+
+
+def _total_steps(recipe: Recipe, arguments: TrainingArguments, corpus: Corpus) -> int:
+    from scalepeft.trainer import step_batches, total_steps
+
+    batches = step_batches(arguments, corpus.sets["train"].lengths)
+    if not len(batches):
+        raise recipe.error("training.dataloader_drop_last", "leaves no batch: there are fewer rows than one step takes")
+    return total_steps(arguments, batches)
 
 
 def _accumulation(recipe: Recipe, rows: int) -> int:
