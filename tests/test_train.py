@@ -94,7 +94,7 @@ def test_run_json_has_the_stable_names(complete):
         found = record["metrics"][when]
         assert set(found) == {
             "loss", "accuracy", "f1_macro", "f1_weighted", "precision_macro", "precision_weighted", "recall_macro",
-            "recall_weighted",
+            "recall_weighted", "matthews_correlation",
         }  # fmt: skip
         assert {k: record["evaluation"]["test"][when][k] for k in found} == found
         assert sum(map(sum, record["evaluation"]["test"][when]["confusion"])) == 30
@@ -125,7 +125,8 @@ def test_every_step_and_every_evaluation_is_a_line(complete):
     assert [line["learning_rate"] for line in lines if "loss" in line] == pytest.approx(
         [1e-2 * (20 - s) / 20 for s in range(20)]
     )
-    assert [line["epoch"] for line in lines if "loss" in line] == pytest.approx([s / 5 for s in range(1, 21)])
+    rows = [min(16 * (step % 5 or 5), 70) + 70 * ((step - 1) // 5) for step in range(1, 21)]
+    assert [line["epoch"] for line in lines if "loss" in line] == pytest.approx([r / 70 for r in rows], abs=1e-6)
     final = {k.removeprefix("eval_"): v for k, v in lines[-1].items() if k.startswith("eval_")}
     assert {k: final[k] for k in complete.record["metrics"]["after"]} == complete.record["metrics"]["after"]
 
