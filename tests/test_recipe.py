@@ -271,7 +271,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(problems):
         (["data.holdout={size: 0}"], "data.holdout.size must be above 0"),
         (["data.holdout={size: 10}", "data.evaluation.holdout={path: a}"], "the name 'holdout' is taken by data.holdout"),
         (["data.evaluation={a b: {path: x}}"], "data.evaluation: the name 'a b' may only hold letters, digits, - and _"),
-        (["data.train.weight=.inf"], "data.train.weight must be above 0 and finite"),
+        (["data.train.weight=.inf"], "data.train.weight is inf; it takes a finite number"),
         (["data.train.text_columns=[a, b, c]"], "data.train.text_columns takes one column or a pair, not 3"),
         (["data.train.text_columns=[]"], "data.train.text_columns takes one column or a pair, not 0"),
         (["data.train.sample_seed=-1"], "data.train.sample_seed must be from 0 to 2^32 - 1"),

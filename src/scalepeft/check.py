@@ -267,8 +267,8 @@ def _data(document: Document, data: Mapping[str, Any]) -> Iterator[str]:
         if source.get("first_rows") is not None and source.get("sample_rows") is not None:
             yield f"{document.where((*key, 'sample_rows'))}: {title}: give first_rows or sample_rows, not both"
         for name in ("first_rows", "sample_rows", "weight"):
-            if isinstance(source.get(name), int | float) and not 0 < source[name] < math.inf:
-                yield f"{document.where((*key, name))}: {title}.{name} must be above 0 and finite"
+            if isinstance(source.get(name), int | float) and not source[name] > 0:
+                yield f"{document.where((*key, name))}: {title}.{name} must be above 0"
         yield from _seed(document, (*key, "sample_seed"), source)
         yield from _text_columns(document, (*key, "text_columns"), source)
     if isinstance(train, list):
