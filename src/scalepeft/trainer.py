@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from numpy.typing import NDArray
+from peft import PeftModel, get_peft_model_state_dict
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
@@ -76,7 +77,8 @@ def total_steps(args: TrainingArguments, batches: StepBatches) -> int:
 class RecipeTrainer(Trainer):  # type: ignore[misc]
     """Trains the same whatever the layout, evaluates every named set, and leaves no pickle behind.
 
-    `evaluations` holds, by step and set, the metrics, the per-class table and the confusion matrix.
+    `evaluations` holds, by step and set, the metrics, the per-class table and the confusion matrix; `saved`, after training
+    and on the process that writes, the weights as they were saved.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         self.task, self.run = task, run
         self.lengths = {name: prepared.lengths for name, prepared in corpus.sets.items()}
         self.evaluations: dict[int, dict[str, dict[str, Any]]] = {}
+        self.saved: dict[str, torch.Tensor] = {}
         self._details: dict[str, Any] = {}
 
     def make_optimizer(self) -> None:
@@ -198,6 +201,11 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with ranks_may_be_zero(model):
             model.save_pretrained(folder, state_dict=state_dict)
+            if not self.is_in_train:  # the weights of the result, for the verification: gathered ones exist only here
+                if isinstance(model, PeftModel):
+                    self.saved = get_peft_model_state_dict(model, state_dict)
+                else:
+                    self.saved = model.state_dict() if state_dict is None else state_dict
         self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

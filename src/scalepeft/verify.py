@@ -35,21 +35,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def write_reference(run: Run, reference: dict[str, torch.Tensor], trainer: RecipeTrainer) -> None:
-    """Keep the inputs and logits of a few rows, and the digest of each trained tensor as it is in memory.
-
-    Sharded engines hold no whole tensor to take a digest of; their runs are compared by logits alone.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
+    """Keep the inputs and logits of a few rows, and the digest of each trained tensor as it was in memory when saved."""
     from safetensors.torch import save_file
 
-    from scalepeft.adalora import ranks_may_be_zero
-
-    digests: dict[str, str] = {}
-    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-        model = trainer.model
-        with ranks_may_be_zero(model):
-            state = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
-        digests = {name: _digest(tensor) for name, tensor in state.items()}
+    digests = {name: _digest(tensor) for name, tensor in trainer.saved.items()}
     beside = run.path / f"{VERIFICATION}.part"
     save_file({k: v.contiguous() for k, v in reference.items()}, beside, metadata={"digests": json.dumps(digests)})
     beside.replace(run.path / VERIFICATION)
