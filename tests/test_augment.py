@@ -183,6 +183,13 @@ def test_copies_that_do_not_differ_are_left_out(wordnet):
 # --- finding WordNet -----------------------------------------------------------------------------------------------
 
 
+def test_unchanged_copies_are_kept_on_request(wordnet):
+    kept = Augmenter(wordnet=wordnet, share=1.0, copies=2, seed=1, keep_unchanged=True)
+    assert kept.copies_of(("nothing",)) == [("nothing",), ("nothing",)]
+    assert kept.copies_of(("quickly",)) == [("rapidly",), ("rapidly",)]
+    assert kept.identity != Augmenter(wordnet=wordnet, share=1.0, copies=2, seed=1).identity
+
+
 @pytest.fixture
 def nowhere(monkeypatch, tmp_path) -> Path:
     """No WordNet in the usual places, which are this folder's."""

@@ -278,7 +278,9 @@ def augmenter(recipe: Recipe) -> Augmenter | None:
     if recipe.data.augmentation is None:
         return None
     asked = recipe.data.augmentation
-    return Augmenter(wordnet=find(recipe), share=asked.share, copies=asked.copies, seed=asked.seed)
+    return Augmenter(
+        wordnet=find(recipe), share=asked.share, copies=asked.copies, seed=asked.seed, keep_unchanged=asked.keep_unchanged
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,15 +291,18 @@ class Augmenter:
     share: float
     copies: int
     seed: int
+    keep_unchanged: bool = False
 
     @property
     def identity(self) -> list[Any]:
         """The same for augmenters that make the same copies."""
-        return [FORMAT, self.wordnet.version, self.share, self.copies, self.seed]
+        return [FORMAT, self.wordnet.version, self.share, self.copies, self.seed, self.keep_unchanged]
 
     def copies_of(self, texts: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """The copies of a row's texts that differ from it and from one another."""
+        """The copies of a row's texts: those that differ from it and from one another, or all with keep_unchanged."""
         copies = [tuple(self.augmented(text, number) for text in texts) for number in range(self.copies)]
+        if self.keep_unchanged:
+            return copies
         return [copy for copy in dict.fromkeys(copies) if copy != texts]
 
     def augmented(self, text: str, number: int) -> str:

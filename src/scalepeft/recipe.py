@@ -86,7 +86,9 @@ class Augmentation:
     share: float = 0.1
     """The share of a text's words to replace, rounded down, at least one; fewer where fewer have a fitting synonym."""
     copies: int = 1
-    """Augmented copies of each training row, beside the row itself; one that does not differ is left out."""
+    """Augmented copies of each training row, beside the row itself."""
+    keep_unchanged: bool = False
+    """Keep a copy in which no word has a fitting synonym, so that all rows count alike; otherwise it is left out."""
     seed: int = 42
     """The seed of the choice of words and synonyms."""
     wordnet: str | None = None
