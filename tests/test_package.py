@@ -61,7 +61,7 @@ def run(installed, assets, tmp_path):  # noqa: ARG001  # the assets must be ther
 def test_the_wheel_holds_the_package_and_the_recipes_only(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     sources = {f"scalepeft/{p.relative_to(ROOT / 'src/scalepeft')}" for p in (ROOT / "src/scalepeft").rglob("*.py")}
-    recipes = {f"scalepeft/recipes/{p.name}" for p in (ROOT / "recipes").iterdir()}
+    recipes = {f"scalepeft/{p.relative_to(ROOT)}" for p in (ROOT / "recipes").rglob("*") if p.is_file()}
     about = {name for name in names if name.startswith(f"scalepeft-{scalepeft.__version__}.dist-info/")}
     assert set(names) == sources | recipes | about
     assert any(name.endswith("licenses/LICENSE") for name in about)
