@@ -142,7 +142,7 @@ def test_a_good_recipe_is_a_value(written):
     read = recipe.load(written(GOOD))
     assert read.model.name_or_path == "some/model"
     assert read.adapter == {"peft_type": "LORA", "r": 8}
-    assert read.training_sources == [recipe.Source(path="train.csv")]
+    assert read.data.train == recipe.Source(path="train.csv")
     assert read.data.evaluation == {"test": recipe.Source(path="test.csv")}
     assert read.resolved() == yaml.safe_load(GOOD.replace("2e-4", "0.0002"))
     assert str(read.output_dir) == "runs/r"
@@ -152,7 +152,7 @@ def test_a_good_recipe_is_a_value(written):
 
 def test_several_sources_are_values_too(written):
     read = recipe.load(written(GOOD.replace("train: {path: train.csv}", "train: [{path: a}, {path: b, first_rows: 3}]")))
-    assert read.training_sources == [recipe.Source(path="a"), recipe.Source(path="b", first_rows=3)]
+    assert read.data.train == [recipe.Source(path="a"), recipe.Source(path="b", first_rows=3)]
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_null_removes_a_section(written):
 def test_later_overrides_win_and_reach_into_lists(written):
     text = GOOD.replace("train: {path: train.csv}", "train: [{path: a}, {path: b}]")
     read = recipe.load(written(text), ["data.train.1.path=c", "data.train.1.path=d", "data.train.0={path: e}"])
-    assert [source.path for source in read.training_sources] == ["e", "d"]
+    assert [source.path for source in read.data.train] == ["e", "d"]
 
 
 @pytest.mark.parametrize(

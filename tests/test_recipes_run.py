@@ -67,7 +67,7 @@ def test_a_recipe_runs_to_a_complete_run(name, workplace, train):
     overrides = [f"model.name_or_path={workplace / architecture}", "training.dataloader_num_workers=0", "training.use_cpu=true"]
     for key in ("train", *(f"evaluation.{set_name}" for set_name in read.data.evaluation)):
         overrides += [f"data.{key}.path={rows}", f"data.{key}.split=", f"data.{key}.name="]
-    if read.training_sources[0].sample_rows:
+    if read.data.train.sample_rows:
         overrides.append("data.train.sample_rows=40")
     if read.data.holdout:
         overrides.append("data.holdout.size=8")

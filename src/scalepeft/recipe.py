@@ -172,11 +172,6 @@ class Recipe:
         """Whether the label is a number to predict, by transformers' own word for it: model.config.problem_type."""
         return self.model.config.get("problem_type") == "regression"
 
-    @property
-    def training_sources(self) -> list[Source]:
-        """The sources of the training rows, also when there is one."""
-        return self.data.train if isinstance(self.data.train, list) else [self.data.train]
-
     def error(self, key: str, message: str) -> UserError:
         """A one-line error that points to where a dotted key stands."""
         return UserError(f"{self.document.where(key.split('.'))}: {key}: {message}")
