@@ -172,8 +172,9 @@ def comment(path: Path) -> list[str]:
 
 def trained_on(recipe: Recipe) -> str:
     """The sources of the training rows and what is taken of them."""
+    train = recipe.data.train
     found = []
-    for source in recipe.training_sources:
+    for source in train if isinstance(train, list) else [train]:
         part = f"first {source.first_rows:,} rows" if source.first_rows else ""
         part = part or (f"{source.sample_rows:,} rows drawn" if source.sample_rows else "")
         found.append(" ".join(filter(None, (f"`{source.path}`", source.name))) + (f", {part}" if part else ""))
