@@ -24,6 +24,14 @@ REFUSED = {
     "hub_token": "is a secret and recipes are copied into run directories; set HF_TOKEN or use `hf auth login`",
     "resume_from_checkpoint": "is not needed: a run resumes by itself, and adapter.name_or_path continues from an adapter",
     "local_rank": "is the launcher's to say",
+    "model_init_kwargs": "is the section model",
+    "trust_remote_code": "stands in the section model",
+    "dataset_text_field": "is data.columns: {text: NAME}",
+    "dataset_kwargs": "is not needed: rows are prepared before the trainer sees them",
+    "dataset_num_proc": "is not needed: rows are prepared once and cached",
+    "shuffle_dataset": "is not needed: the order of rows is drawn anew in each epoch, from training.seed",
+    "pad_token": "is on its way out upstream; the tokenizer's own is taken, or its EOS where it has none",
+    "eval_packing": "is not needed: evaluation rows are never packed, and their figures are the same",
 }
 """Fields of upstream's training arguments that a recipe must not set, and why."""
 
@@ -34,7 +42,14 @@ _REFUSED_VALUES: Mapping[str, tuple[object, str]] = {
         "batch_rebalance",
         "would make the order of rows depend on the number of processes; use group_by_length",
     ),
+    "packing_strategy": ("wrapped", "would let documents see each other; use bfd, or bfd_split to lose no token"),
+    "truncation_mode": ("keep_end", "is on its way out upstream; shorten the rows before, or raise max_length"),
+    "loss_type": ("chunked_nll", "is nll under an older name; use nll"),
 }
+
+_OF_CLASSIFICATION = ("text_columns", "label_column", "label_names", "max_length", "augmentation")
+_OF_LANGUAGE = ("format", "columns", "system_prompt")
+"""Keys of data (and of its sources) that mean something to one kind of task only."""
 
 _ABOVE_ZERO = (
     "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -193,6 +208,7 @@ def _across(document: Document, values: Mapping[str, Any], *, complete: bool) ->
     yield from _training(document, training)
     yield from _batch(document, values, training)
     yield from _data(document, data)
+    yield from _task(document, values.get("task"), data)
     if not complete:
         return
     evaluates = bool(data.get("evaluation") or data.get("holdout"))
@@ -221,6 +237,20 @@ def _model(document: Document, model: Mapping[str, Any]) -> Iterator[str]:
         place = document.where(("model", "config", "problem_type"))
         known = "single_label_classification and regression"
         yield f"{place}: model.config.problem_type: {named!r} is not supported; there are {known}"
+
+
+def _task(document: Document, task: object, data: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of data that belong to another kind of task."""
+    language = task in upstream.LANGUAGE_TASKS
+    if task not in upstream.TASK_ARGUMENTS:
+        return
+    instead = {"text_columns": "; here it is data.columns", "max_length": "; here it is training.max_length"} if language else {}
+    for key, section in [(("data",), data), *_sources(data)]:
+        for name in section:
+            if name in (_OF_CLASSIFICATION if language else _OF_LANGUAGE):
+                kind = "sequence-classification" if language else " and ".join(upstream.LANGUAGE_TASKS)
+                told = f"{'.'.join((*key, name))} belongs to the task {kind}, not to {task}{instead.get(name, '')}"
+                yield f"{document.where((*key, name))}: {told}"
 
 
 def _training(document: Document, training: Mapping[str, Any]) -> Iterator[str]:

@@ -57,6 +57,10 @@ class Source:
     """Overrides data.text_columns for this source."""
     label_column: str | None = None
     """Overrides data.label_column for this source."""
+    format: Literal["messages", "conversations", "instruction", "prompt-completion", "text"] | None = None
+    """Overrides data.format for this source."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Overrides data.columns for this source, name by name."""
     first_rows: int | None = None
     """Take only the first N rows."""
     sample_rows: int | None = None
@@ -108,13 +112,21 @@ class Data:
     augmentation: Augmentation | None = None
     """Add copies of the training rows with some words replaced by synonyms; evaluation rows stay as they are."""
     text_columns: str | list[str] = "text"
-    """The column of the text, or the two columns of a pair."""
+    """Classification: the column of the text, or the two columns of a pair."""
     label_column: str = "label"
-    """The column of the label: an integer or a name."""
+    """Classification: the column of the label: an integer or a name."""
     label_names: list[str | int] | None = None
-    """The names of labels 0, 1, ...; found from the data set or the training rows when absent."""
+    """Classification: the names of labels 0, 1, ...; found from the data set or the training rows when absent."""
     max_length: int | None = None
-    """Longest input in tokens, special tokens included; the model's own limit when absent."""
+    """Classification: longest input in tokens, special tokens included; the model's own limit when absent.
+
+    The other tasks have training.max_length."""
+    format: Literal["messages", "conversations", "instruction", "prompt-completion", "text"] | None = None
+    """Language models: how a row tells its turns; recognised by its columns when absent."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Language models: for columns that are called otherwise, the usual name and the name here, e.g. {messages: dialogue}."""
+    system_prompt: str | None = None
+    """Language models: the system message of a conversation that has none; the chat template's own when absent."""
     on_bad_rows: Literal["error", "drop"] = "error"
     """What to do with a row without usable text or label: stop and name it, or drop, count and record it."""
 
@@ -135,8 +147,8 @@ class Recipe:
 
     extends: str | None = None
     """Another recipe, as a path from this one, whose values hold where this one says nothing; null here removes one of them."""
-    task: Literal["sequence-classification"]
-    """What is trained."""
+    task: Literal["sequence-classification", "causal-lm", "preference"]
+    """What is trained: a classifier (or a regression), a language model on its answers (SFT), or on preferred answers (DPO)."""
     model: Model
     """The base model."""
     quantization: Mapping[str, Any] | None = None
@@ -148,7 +160,7 @@ class Recipe:
     data: Data
     """Training and evaluation rows."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """Options of transformers' TrainingArguments."""
+    """Options of transformers' TrainingArguments; for causal-lm of TRL's SFTConfig, for preference of its DPOConfig."""
     early_stopping: Mapping[str, Any] | None = None
     """Options of transformers' EarlyStoppingCallback; absent: no early stopping."""
     global_batch_size: int | None = None
@@ -166,6 +178,17 @@ class Recipe:
     def output_dir(self) -> Path:
         """The run directory: training.output_dir, or runs/<recipe name>."""
         return Path(self.training.get("output_dir") or Path("runs") / self.name).expanduser()
+
+    @property
+    def generative(self) -> bool:
+        """Whether the model writes text, so that its rows are conversations and TRL trains it."""
+        return self.task in upstream.LANGUAGE_TASKS
+
+    @property
+    def precision(self) -> str:
+        """Mixed precision: bf16, fp16 or no. TRL's configurations take bf16 when nothing is said."""
+        default = "bf16" if self.generative and self.training.get("bf16") is None and not self.training.get("fp16") else "no"
+        return next((name for name in ("bf16", "fp16") if self.training.get(name)), default)
 
     @property
     def regression(self) -> bool:

@@ -18,8 +18,15 @@ from typing import Any
 
 from scalepeft.errors import UserError
 
-TASK_ARGUMENTS = {"sequence-classification": "transformers.training_args:TrainingArguments"}
+TASK_ARGUMENTS = {
+    "sequence-classification": "transformers.training_args:TrainingArguments",
+    "causal-lm": "trl.trainer.sft_config:SFTConfig",
+    "preference": "trl.trainer.dpo_config:DPOConfig",
+}
 """The class that a task's `training` section is forwarded to."""
+
+LANGUAGE_TASKS = ("causal-lm", "preference")
+"""The tasks whose rows are conversations and whose model writes text."""
 
 QUANTIZATION = "transformers.utils.quantization_config:BitsAndBytesConfig"
 EARLY_STOPPING = "transformers.trainer_callback:EarlyStoppingCallback"
