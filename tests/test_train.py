@@ -62,17 +62,17 @@ def refusal(train, recipe: Path, *overrides: str) -> str:
 @pytest.fixture
 def crash(monkeypatch):
     """Training breaks down in the middle of the micro-batch of a number."""
-    from scalepeft.trainer import RecipeTrainer
+    from scalepeft.trainer import RecipeTraining
 
     def at(number: int) -> None:
-        done, step = iter(range(1, number)), RecipeTrainer.training_step
+        done, step = iter(range(1, number)), RecipeTraining.training_step
 
         def training_step(*arguments, **options):
             if next(done, None) is None:
                 raise RuntimeError("the machine is on fire")
             return step(*arguments, **options)
 
-        monkeypatch.setattr(RecipeTrainer, "training_step", training_step)
+        monkeypatch.setattr(RecipeTraining, "training_step", training_step)
 
     yield at
     monkeypatch.undo()

@@ -75,9 +75,9 @@ def test_a_trained_run_is_complete_once_it_is_verified(trained):
 
 
 def test_training_again_only_verifies(trained, train, monkeypatch):
-    from scalepeft.trainer import RecipeTrainer
+    from scalepeft.trainer import ClassificationTrainer
 
-    monkeypatch.setattr(RecipeTrainer, "__init__", lambda *_, **__: pytest.fail("it trains"))
+    monkeypatch.setattr(ClassificationTrainer, "__init__", lambda *_, **__: pytest.fail("it trains"))
     recipe = trained.recipe()
     path = trained.path.parent / "again.yaml"
     path.write_text(recipe.document.text)

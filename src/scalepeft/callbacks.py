@@ -92,8 +92,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             note(f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
 
 
-_SCORES = ("_loss", "_accuracy", "_f1_macro", "_pearson")
-_BESIDE_BAR = ("loss", "eval_loss", "eval_accuracy", "eval_pearson")
+_SCORES = ("_loss", "_accuracy", "_f1_macro", "_pearson", "_rewards_accuracies")
+_BESIDE_BAR = ("loss", "eval_loss", "eval_accuracy", "eval_pearson", "eval_rewards_accuracies")
 _SHOWN = ("loss", "learning_rate", "grad_norm")
 
 

@@ -205,7 +205,7 @@ def _across(document: Document, values: Mapping[str, Any], *, complete: bool) ->
     """
     training, data = _mapping(values.get("training")), _mapping(values.get("data"))
     yield from _model(document, _mapping(values.get("model")))
-    yield from _training(document, training)
+    yield from _training(document, training, upstream.fields(str(forwarded_sections(values)["training"])))
     yield from _batch(document, values, training)
     yield from _data(document, data)
     yield from _task(document, values.get("task"), data)
@@ -244,7 +244,9 @@ def _task(document: Document, task: object, data: Mapping[str, Any]) -> Iterator
     language = task in upstream.LANGUAGE_TASKS
     if task not in upstream.TASK_ARGUMENTS:
         return
-    instead = {"text_columns": "; here it is data.columns", "max_length": "; here it is training.max_length"} if language else {}
+    instead = (
+        {"text_columns": "; here it is data.columns", "max_length": "; here it is training.max_length"} if language else {}
+    )
     for key, section in [(("data",), data), *_sources(data)]:
         for name in section:
             if name in (_OF_CLASSIFICATION if language else _OF_LANGUAGE):
@@ -253,10 +255,10 @@ def _task(document: Document, task: object, data: Mapping[str, Any]) -> Iterator
                 yield f"{document.where((*key, name))}: {told}"
 
 
-def _training(document: Document, training: Mapping[str, Any]) -> Iterator[str]:
+def _training(document: Document, training: Mapping[str, Any], known: Mapping[str, Field]) -> Iterator[str]:
     for name, value in training.items():
         where = document.where(("training", name))
-        if name in REFUSED:
+        if name in REFUSED and name in known:
             yield f"{where}: training.{name} {REFUSED[name]}"
         refused, reason = _REFUSED_VALUES.get(name, (None, ""))
         if reason and value == refused:

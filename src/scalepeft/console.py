@@ -42,6 +42,7 @@ def quiet_upstream() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainers tell the Hub what is trained
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # set at all, it also stops a warning at each fork of a loader
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "Failed to load CPU gemm_4bit_forward": a slower kernel serves
     # DDP's remark that no parameter was unused: upstream lets it look for some, since an adapter may leave some

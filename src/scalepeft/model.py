@@ -20,11 +20,11 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
-    prepare_model_for_kbit_training,
 )
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -46,13 +46,65 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of what it otherwise finds out by itself
 
 
+_AUTO = {
+    "sequence-classification": (AutoModelForSequenceClassification, TaskType.SEQ_CLS),
+    "causal-lm": (AutoModelForCausalLM, TaskType.CAUSAL_LM),
+    "preference": (AutoModelForCausalLM, TaskType.CAUSAL_LM),
+}
+"""The class that loads a task's model, and what peft calls the task."""
+
+
 def tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer. Raises UserError when it cannot be loaded."""
+    """The base model's tokenizer, with the recipe's added tokens, EOS and chat template; that of an adapter to continue from.
+
+    Raises UserError when it cannot be loaded, or has neither a padding token nor EOS.
+    """
     with _upstream_errors(recipe, "model.name_or_path"):
-        found = AutoTokenizer.from_pretrained(*_base(recipe), **_source(recipe))
+        found = AutoTokenizer.from_pretrained(*(_tokenizer_of_adapter(recipe) or _base(recipe)), **_source(recipe))
+    if recipe.model.added_tokens:
+        found.add_tokens(list(recipe.model.added_tokens), special_tokens=True)
+    if (eos := recipe.training.get("eos_token")) is not None:
+        if eos not in found.get_vocab():
+            raise recipe.error("training.eos_token", f"{eos!r} is no token of {recipe.model.name_or_path}")
+        found.eos_token = eos
+    if recipe.training.get("chat_template_path"):
+        found.chat_template = _chat_template(recipe, found)
     if found.pad_token is None:  # decoders come without one; padding is masked, so that any token serves
+        if found.eos_token is None:
+            told = "its tokenizer has neither a padding token nor EOS; training.eos_token names one of its tokens"
+            raise recipe.error("model.name_or_path", told if recipe.task == "causal-lm" else told.partition(";")[0])
         found.pad_token = found.eos_token
     return found
+
+
+def _tokenizer_of_adapter(recipe: Recipe) -> tuple[str] | None:
+    """The folder of an adapter to continue from, when its tokenizer lies there: it may know more tokens or another template."""
+    named = (recipe.adapter or {}).get("name_or_path")
+    folder = Path(adapter_path(str(named))) if named else None
+    return (str(folder),) if folder and (folder / "tokenizer_config.json").is_file() else None
+
+
+def _chat_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template of training.chat_template_path: a Jinja file, or a tokenizer whose template is taken."""
+    named = str(recipe.training["chat_template_path"])
+    path = Path(named).expanduser()
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise recipe.error("training.chat_template_path", f"{path} cannot be read: {one_line(error)}") from None
+    if path.suffix in (".jinja", ".j2"):
+        raise recipe.error("training.chat_template_path", f"{path} does not exist")
+    with _upstream_errors(recipe, "training.chat_template_path"):
+        other = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else named)
+    if not other.chat_template:
+        raise recipe.error("training.chat_template_path", f"the tokenizer of {named} has no chat template")
+    lacking = [t for t in other.all_special_tokens if t in other.chat_template and t not in tokenizer.get_vocab()]
+    if lacking:
+        told = f"its template uses {', '.join(lacking)}, which {recipe.model.name_or_path} lacks"
+        raise recipe.error("training.chat_template_path", f"{told}; model.added_tokens adds tokens")
+    template: str = other.chat_template
+    return template
 
 
 def longest_input(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -65,17 +117,20 @@ def longest_input(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
     return int(min(positions - virtual, tokenizer.model_max_length))
 
 
-def build(recipe: Recipe, labels: Sequence[str], *, total_steps: int) -> tuple[Trained, list[str]]:
+def build(
+    recipe: Recipe, labels: Sequence[str], *, total_steps: int, vocabulary: int = 0, checkpointing: bool = False
+) -> tuple[Trained, list[str]]:
     """The model to train and the names of those of its parameters that the checkpoint does not have (the new head).
 
-    `total_steps` is the length of the run in optimizer steps, which AdaLoRA's schedule needs to know.
+    `vocabulary` is the tokenizer's size: the embedding grows to it where tokens were added. `total_steps` is the length of the
+    run in optimizer steps, which AdaLoRA's schedule needs to know. `checkpointing` says that activations are recomputed.
 
     Raises UserError for what the recipe got wrong: an unreachable base, a checkpoint without the backbone's weights, a
     configuration key that the model does not have, target modules that match nothing.
     """
-    base, new = _load_base(recipe, labels)
-    if recipe.quantization is not None:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=_checkpoints_activations(recipe))
+    base, new = _load_base(recipe, labels, vocabulary)
+    if checkpointing and recipe.adapter is not None:
+        base.enable_input_require_grads()  # a checkpointed block whose input needs no gradient gives its parameters none
     if recipe.adapter is not None and "name_or_path" in recipe.adapter:
         return _continued(recipe, base, new)
     return adapted(recipe, base, total_steps=total_steps), new
@@ -86,7 +141,7 @@ def adapted(recipe: Recipe, base: PreTrainedModel, *, total_steps: int) -> Train
     options = recipe.adapter
     if options is None:
         return base
-    given = {"task_type": TaskType.SEQ_CLS, **{k: v for k, v in options.items() if k != "peft_type"}}
+    given = {"task_type": _AUTO[recipe.task][1], **{k: v for k, v in options.items() if k != "peft_type"}}
     if options["peft_type"] == "ADALORA":
         given.setdefault("total_step", total_steps)
     with _upstream_errors(recipe, "adapter"):
@@ -131,10 +186,11 @@ def load(run: Run) -> Trained:
     Raises RunFailed when the run's weights are missing or damaged.
     """
     recipe, weights = run.recipe(), str(run.weights)
-    base = None if recipe.adapter is None else _load_base(recipe, run.record["labels"])[0]
+    vocabulary = len(AutoTokenizer.from_pretrained(weights)) if recipe.model.added_tokens else 0
+    base = None if recipe.adapter is None else _load_base(recipe, run.record["labels"], vocabulary)[0]
     try:
         if base is None:
-            model = AutoModelForSequenceClassification.from_pretrained(
+            model = _AUTO[recipe.task][0].from_pretrained(
                 weights, dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code
             )
         else:
@@ -154,10 +210,16 @@ def device() -> torch.device:
 
 def precision(recipe: Recipe) -> contextlib.AbstractContextManager[object]:
     """The autocast that the recipe trains under, for use in evaluation and prediction."""
-    name = next((n for n in ("bf16", "fp16") if recipe.training.get(n)), None)
-    if name is None:
+    if recipe.precision == "no":
         return contextlib.nullcontext()
-    return torch.autocast(device().type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[name])
+    return torch.autocast(device().type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision])
+
+
+def answers(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], *, generative: bool) -> torch.Tensor:
+    """The logits by which a trained model is told from another, on the CPU: of each row (of the next token after it)."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(**inputs).logits
+    return (logits[:, -1] if generative else logits).float().cpu()
 
 
 def adapter_path(name_or_path: str) -> str:
@@ -178,7 +240,7 @@ def parameters(model: Trained) -> dict[str, int]:
     return {"trainable": trainable, "total": total}
 
 
-def _load_base(recipe: Recipe, labels: Sequence[str]) -> tuple[PreTrainedModel, list[str]]:
+def _load_base(recipe: Recipe, labels: Sequence[str], vocabulary: int = 0) -> tuple[PreTrainedModel, list[str]]:
     config = _config(recipe, labels)
     options: dict[str, Any] = {"dtype": recipe.model.dtype, "use_safetensors": recipe.model.use_safetensors or None}
     if recipe.model.attn_implementation:
@@ -186,9 +248,11 @@ def _load_base(recipe: Recipe, labels: Sequence[str]) -> tuple[PreTrainedModel, 
     if recipe.quantization is not None:
         options["quantization_config"] = _quantization(recipe, config)
     with _upstream_errors(recipe, "model.name_or_path"):
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = _AUTO[recipe.task][0].from_pretrained(
             *_base(recipe), config=config, output_loading_info=True, **options, **_source(recipe)
         )
+    if recipe.model.added_tokens and vocabulary > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(vocabulary)
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights at their first evaluation on a CPU with AVX512-BF16: training then crashes or goes
         # on with other weights than were evaluated, and logits become bf16
@@ -213,7 +277,7 @@ def _config(recipe: Recipe, labels: Sequence[str] | None) -> Any:
             told = f"{type(config).__name__} has no {key!r}{did_you_mean(key, config.to_dict())}"
             raise recipe.error(f"model.config.{key}", told)
         setattr(config, key, value)
-    if labels is not None:
+    if labels:
         if config.pad_token_id is None:  # as `tokenizer` does
             config.pad_token_id = config.eos_token_id
         config.id2label = dict(enumerate(labels))
@@ -228,15 +292,15 @@ def _quantization(recipe: Recipe, config: Any) -> BitsAndBytesConfig:
     The head is what the model has beside its backbone, seen on a model without storage.
     """
     options: Mapping[str, Any] = recipe.quantization or {}
+    if method := (getattr(config, "quantization_config", None) or {}).get("quant_method"):
+        raise recipe.error(
+            "quantization", f"{recipe.model.name_or_path} is quantised already ({method}); leave the section out"
+        )
     with torch.device("meta"):
-        skeleton = AutoModelForSequenceClassification.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+        skeleton = _AUTO[recipe.task][0].from_config(config, trust_remote_code=recipe.model.trust_remote_code)
     heads = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
     with _upstream_errors(recipe, "quantization"):
         return BitsAndBytesConfig(**{"llm_int8_skip_modules": heads, **options})
-
-
-def _checkpoints_activations(recipe: Recipe) -> bool:
-    return bool(recipe.training.get("activation_checkpointing") or recipe.training.get("gradient_checkpointing"))
 
 
 def _base(recipe: Recipe) -> tuple[str]:

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from scalepeft.model import Trained
     from scalepeft.prepared import Prepared
-    from scalepeft.tasks import SequenceClassification
+    from scalepeft.tasks import Task
 
 
 def evaluate_main(arguments: Sequence[str]) -> int:
@@ -88,11 +87,14 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any
     if not corpus.evaluation:
         raise UserError(f"{run.path}: its recipe names no evaluation set; name one: data.evaluation.NAME.path=FILE")
     trained, found = model.load(run), {}
+    task.ready(trained)
     for name, prepared in corpus.evaluation.items():
-        reduced = np.empty((len(prepared.rows), 2), dtype=np.float32)
-        for indices, logits, truth in _batches(trained, recipe, task, prepared):
-            reduced[indices] = task.reduce(logits, truth).cpu().numpy()
-        found[name] = task.metrics(reduced, prepared.labels) | task.details(reduced, prepared.labels)
+        measured: dict[int, NDArray[np.float32]] = {}
+        for indices, batch in _batches(recipe, task, prepared):
+            measured |= zip(indices.tolist(), task.measure(trained, batch).float().cpu().numpy(), strict=True)
+        rows = np.stack([measured[row] for row in range(len(prepared.rows))])
+        references = np.empty(0) if recipe.generative else prepared.labels
+        found[name] = task.metrics(rows, references) | task.details(rows, references)
     return found
 
 
@@ -106,13 +108,17 @@ def predict(run: Run, file: Path, output: Path) -> int:
     offline_if_unreachable(recipe)
     quiet_upstream()
     from scalepeft import data, model
+    from scalepeft.tasks import SequenceClassification
 
     task = _task(recipe, labels)
     limit = model.longest_input(recipe, task.tokenizer)
     prepared = data.prepare_file(recipe, task.tokenizer, file, limit=limit, label_names=labels)
+    assert isinstance(task, SequenceClassification)  # noqa: S101  # the caller's condition
     answers: list[list[str]] = [[]] * len(prepared.rows)
-    for indices, logits, _ in _batches(model.load(run), recipe, task, prepared):
-        for index, answer in zip(indices.tolist(), task.answers(logits), strict=True):
+    trained = model.load(run)
+    for indices, batch in _batches(recipe, task, prepared):
+        batch.pop("labels")
+        for index, answer in zip(indices.tolist(), task.answers(trained(**batch).logits.float()), strict=True):
             answers[index] = answer
     beside = output.with_name(f"{output.name}.part")
     try:
@@ -126,10 +132,8 @@ def predict(run: Run, file: Path, output: Path) -> int:
     return len(prepared.rows)
 
 
-def _batches(
-    trained: Trained, recipe: Recipe, task: SequenceClassification, prepared: Prepared
-) -> Iterator[tuple[NDArray[np.int64], torch.Tensor, torch.Tensor]]:
-    """Row numbers, logits in fp32 and labels, batch by batch, longest rows first."""
+def _batches(recipe: Recipe, task: Task, prepared: Prepared) -> Iterator[tuple[NDArray[np.int64], dict[str, torch.Tensor]]]:
+    """Row numbers and rows, batch by batch, longest rows first, for use by a model under the recipe's precision."""
     import torch
 
     from scalepeft import model
@@ -142,15 +146,13 @@ def _batches(
     with torch.inference_mode(), model.precision(recipe):
         for start in range(0, len(order), size):
             indices = order[start : start + size]
-            batch = {k: v.to(device) for k, v in task.collate(rows.__getitems__(indices.tolist())).items()}
-            truth = batch.pop("labels")
-            yield indices, trained(**batch).logits.float(), truth
+            yield indices, {k: v.to(device) for k, v in task.collate(rows.__getitems__(indices.tolist())).items()}
 
 
-def _task(recipe: Recipe, labels: Sequence[str]) -> SequenceClassification:
-    from scalepeft import model, tasks
+def _task(recipe: Recipe, labels: Sequence[str]) -> Task:
+    from scalepeft import kinds, model
 
-    return tasks.task(recipe, model.tokenizer(recipe), labels)
+    return kinds.task(recipe, model.tokenizer(recipe), labels)
 
 
 def _complete(path: Path) -> Run:

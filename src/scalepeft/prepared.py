@@ -12,13 +12,13 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import datasets
 import numpy as np
@@ -37,7 +37,7 @@ from scalepeft.sources import Bad, Opened, Table, Wanted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: to be raised when a change of this module, `sources` or `labels` gives other rows for the same recipe."""
 
 LONGEST_TEXT = 1_000_000
@@ -60,9 +60,11 @@ class Prepared:
 
     name: str
     rows: datasets.Dataset
-    """input_ids, token_type_ids where the tokenizer gives them, labels, length (tokens) and row (in its source, from 0).
+    """Classification: input_ids, token_type_ids where the tokenizer gives them, labels, length (tokens).
 
-    Augmented ones also have origin: a number shared by an original, which stands first, and its copies."""
+    causal-lm: input_ids, labels, length and, of packed rows, seq_lengths; preference: prompt_ids, chosen_ids, rejected_ids and
+    length, of the longer answer. Unpacked rows have row, their number in the source from 0. Augmented ones also have origin:
+    a number shared by an original, which stands first, and its copies."""
     dropped: Mapping[str, int]
     """How many rows were left out, by reason."""
     source: Sequence[Mapping[str, Any]]
@@ -71,6 +73,10 @@ class Prepared:
     """The cache key."""
     reused: bool
     """Whether the rows were found in the cache."""
+    truncated: int = 0
+    """Rows of conversations that were cut at training.max_length."""
+    documents: int = 0
+    """How many rows were packed into these; 0 when they are not packed."""
     copies: int = 0
     """How many augmented copies each row was to have."""
 
@@ -119,7 +125,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Chosen:
+class Chosen:
     """A source that was read, and the rows to take from it in their order."""
 
     part: Part
@@ -136,7 +142,7 @@ class _Chosen:
         return found
 
 
-def choose(parts: Sequence[Part]) -> list[_Chosen]:
+def choose(parts: Sequence[Part]) -> list[Chosen]:
     """Read the sources and choose their rows. Mixed by weight, they give the largest mixture that repeats no row."""
     tables = [part.opened.read() for part in parts]
     draws = [np.random.Generator(np.random.PCG64(part.source.sample_seed)) for part in parts]
@@ -152,59 +158,146 @@ def choose(parts: Sequence[Part]) -> list[_Chosen]:
         rows_of_weight_1 = min(Fraction(len(rows)) / weight for rows, weight in zip(chosen, weights, strict=True))
         counts = [math.floor(weight * rows_of_weight_1) for weight in weights]
         chosen = [np.sort(d.choice(rows, n, replace=False)) for d, rows, n in zip(draws, chosen, counts, strict=True)]
-    return [_Chosen(part=p, table=t, rows=rows) for p, t, rows in zip(parts, tables, chosen, strict=True)]
+    return [Chosen(part=p, table=t, rows=rows) for p, t, rows in zip(parts, tables, chosen, strict=True)]
 
 
 # --- tokenising into the cache -------------------------------------------------------------------------------------
 
 
-class Preparation:
-    """Turns sources into rows on disk, with one tokenizer."""
+class Encoder(Protocol):
+    """Turns the texts of rows into what a model of one task is trained on."""
+
+    @property
+    def identity(self) -> Any:
+        """All that shapes its output, as JSON."""
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """The columns it gives."""
+
+    def encode(self, rows: Mapping[str, list[Any]], source: Chosen) -> tuple[dict[str, list[Any]], list[Bad | None]]:
+        """The columns of the rows that can be used, and for each row what is wrong with it."""
+
+
+def cached(key: str, write: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any], bool]:
+    """An entry of the cache, written by one process when it is not there: its folder, its info.json and whether it was there.
+
+    `write` is given a folder beside, puts rows.arrow into it and returns what info.json shall say.
+    """
+    folder = cache_dir() / "prepared" / key
+    info = _complete(folder)
+    reused = info is not None
+    if info is None:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.parent / f".{key}.lock"):
+                info = _complete(folder)  # another process was at it
+                reused = info is not None
+                info = info or _bring(folder, write)
+        except OSError as error:
+            reason = "the disk is full" if disk_full(error) else one_line(error)
+            raise UserError(f"{folder}: cannot be written: {reason}; set SCALEPEFT_CACHE to another folder") from error
+    return folder, info, reused
+
+
+def _bring(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that died: the lock is ours
+        shutil.rmtree(leftover)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    beside.mkdir()
+    try:
+        info = write(beside)
+        info["bytes"] = (beside / "rows.arrow").stat().st_size
+        with (beside / "info.json").open("w", encoding="utf-8") as stream:
+            json.dump(info, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if folder.exists():  # and not complete
+            shutil.rmtree(folder)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return info
+
+
+class Texts:
+    """The encoder of classification: a text, or a pair of texts, cut to a number of tokens."""
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
         self.limit = min(recipe.data.max_length or limit, limit)
+
+    @property
+    def identity(self) -> Any:
+        """The tokenizer and the longest input."""
+        return [tokenizer_digest(self.tokenizer), self.limit]
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """input_ids, labels, length, and token_type_ids where the tokenizer gives them."""
+        ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int64")
+        label = datasets.Value("float32") if self.recipe.regression else number
+        types = {"token_type_ids": datasets.List(datasets.Value("int8"))}
+        found = {"input_ids": ids, "labels": label, "length": datasets.Value("int32")}
+        return found | (types if "token_type_ids" in self.tokenizer.model_input_names else {})
+
+    def encode(self, rows: Mapping[str, list[Any]], source: Chosen) -> tuple[dict[str, list[Any]], list[Bad | None]]:  # noqa: ARG002  # the signature of Encoder
+        """Tokenise; a row that gives no tokens is a bad one."""
+        texts = [rows[name] for name in ("0", "1") if name in rows]
+        special = self.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
+        if self.limit <= special:
+            raise self.recipe.error("data.max_length", f"{self.limit} leaves no room beside {special} special tokens")
+        tokens = self.tokenizer(*texts, truncation=True, max_length=self.limit, return_attention_mask=False)
+        lengths = list(map(len, tokens["input_ids"]))
+        columns = {**tokens, "labels": rows["labels"], "length": lengths}
+        problems = [None if length else Bad(reason=NO_TOKENS) for length in lengths]
+        return kept(columns, problems), problems
+
+
+def kept(columns: Mapping[str, list[Any]], problems: Sequence[Bad | None]) -> dict[str, list[Any]]:
+    """The columns without the rows that have a problem."""
+    if not any(problems):
+        return dict(columns)
+    return {name: [v for v, bad in zip(vs, problems, strict=True) if bad is None] for name, vs in columns.items()}
+
+
+class Preparation:
+    """Turns sources into rows on disk, with one encoder."""
+
+    def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
+        self.recipe, self.encoder = recipe, encoder
         self.drop = recipe.data.on_bad_rows == "drop"
-        self.digest = _tokenizer_digest(tokenizer)
 
     def __call__(
         self, name: str, parts: Sequence[Part], labels: Labels | None, augmenter: Augmenter | None = None
     ) -> tuple[Prepared, Labels]:
         key = self._key(parts, labels, augmenter)
-        folder = cache_dir() / "prepared" / key
-        info = _complete(folder)
-        reused = info is not None
-        if info is None:
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(folder.parent / f".{key}.lock"):
-                    info = _complete(folder)  # another process was at it
-                    reused = info is not None
-                    info = info or self._bring(folder, parts, labels, augmenter)
-            except OSError as error:
-                reason = "the disk is full" if disk_full(error) else one_line(error)
-                raise UserError(f"{folder}: cannot be written: {reason}; set SCALEPEFT_CACHE to another folder") from error
+        folder, info, reused = cached(key, lambda beside: self._write(beside, parts, labels, augmenter))
         described = [
             {"path": part.source.path, "revision": part.opened.revision, **counts}
             for part, counts in zip(parts, info["sources"], strict=True)
         ]
-        rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-        copies = augmenter.copies if augmenter else 0
         prepared = Prepared(
-            name=name, rows=rows, dropped=info["dropped"], source=described, key=key, reused=reused, copies=copies
+            name=name,
+            rows=datasets.Dataset.from_file(str(folder / "rows.arrow")),
+            dropped=info["dropped"],
+            truncated=info["truncated"],
+            source=described,
+            key=key,
+            reused=reused,
+            copies=augmenter.copies if augmenter else 0,
         )
         return prepared, labels or Labels(names=info["label_names"], declared=False)
 
     def _key(self, parts: Sequence[Part], labels: Labels | None, augmenter: Augmenter | None) -> str:
-        chosen = ("first_rows", "sample_rows", "sample_seed", "weight")
+        chosen = ("format", "first_rows", "sample_rows", "sample_seed", "weight")
         settings = {
             "format": FORMAT,
-            "tokenizer": self.digest,
-            "limit": self.limit,
+            "encoder": self.encoder.identity,
             "drop": self.drop,
             "labels": [labels.names, labels.declared, labels.renamed] if labels else None,
             "sources": [
-                [part.opened.identity, part.opened.names, part.wanted.texts, part.wanted.label, part.wanted.label_optional]
+                [part.opened.identity, part.opened.names, *part.wanted.identity]
                 + [getattr(part.source, name) for name in chosen]
                 for part in parts
             ],
@@ -213,47 +306,21 @@ class Preparation:
             settings["augmentation"] = augmenter.identity
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _bring(self, folder: Path, parts: Sequence[Part], labels: Labels | None, augmenter: Augmenter | None) -> dict[str, Any]:
-        for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that died: the lock is ours
-            shutil.rmtree(leftover)
-        beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        beside.mkdir()
-        try:
-            chosen = choose(parts)
-            labels = labels or labelling.found(self.recipe, [c.labels() for c in chosen])
-            info = {"label_names": labels.names, **self._write(beside / "rows.arrow", chosen, labels, augmenter)}
-            with (beside / "info.json").open("w", encoding="utf-8") as stream:
-                json.dump(info, stream, indent=1)
-                stream.flush()
-                os.fsync(stream.fileno())
-            if folder.exists():  # and not complete
-                shutil.rmtree(folder)
-            beside.rename(folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-        return info
-
-    def _write(self, file: Path, chosen: Sequence[_Chosen], labels: Labels, augmenter: Augmenter | None) -> dict[str, Any]:
-        pair = len(chosen[0].part.wanted.texts) == 2
-        special = self.tokenizer.num_special_tokens_to_add(pair=pair)
-        if self.limit <= special:
-            raise self.recipe.error("data.max_length", f"{self.limit} leaves no room beside {special} special tokens")
-        ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int64")
-        label = datasets.Value("float32") if self.recipe.regression else number
-        features = {"input_ids": ids, "labels": label, "length": datasets.Value("int32"), "row": number}
-        if "token_type_ids" in self.tokenizer.model_input_names:
-            features["token_type_ids"] = datasets.List(datasets.Value("int8"))
-        if augmenter:
-            features["origin"] = number
+    def _write(self, folder: Path, parts: Sequence[Part], labels: Labels | None, augmenter: Augmenter | None) -> dict[str, Any]:
+        chosen = choose(parts)
+        labels = labels or labelling.found(self.recipe, [c.labels() for c in chosen])
+        number = datasets.Value("int64")
+        features = {**self.encoder.features, "row": number, **({"origin": number} if augmenter else {})}
         schema = datasets.Features(features).arrow_schema
-        dropped, listed, written = Counter[str](), list[str](), 0
-        with file.open("wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
+        dropped, listed, written, truncated = Counter[str](), list[str](), 0, 0
+        with (folder / "rows.arrow").open("wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
             for columns, bad in self._rows(chosen, labels, augmenter):
                 for place, problem in bad:
                     dropped[problem.reason] += 1
                     if len(listed) < _LISTED:
                         listed.append(f"{place}: {problem}")
                 if (self.drop or not dropped) and columns["row"]:
+                    truncated += sum(columns.pop("truncated", ()))
                     writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
                     written += len(columns["row"])
             writer.close()
@@ -266,7 +333,8 @@ class Preparation:
             why = "; ".join(f"{reason}: {count:,}" for reason, count in dropped.items())
             raise chosen[0].part.wanted.fail("path", f"no rows are left of {paths}{f' ({why})' if why else ''}")
         counts = [{"rows": len(c.table), "taken": len(c.rows)} for c in chosen]
-        return {"rows": written, "bytes": file.stat().st_size, "dropped": dropped, "sources": counts}
+        found = {"label_names": labels.names, "rows": written, "dropped": dropped, "truncated": truncated}
+        return {**found, "sources": counts}
 
     def _refusal(self, dropped: Counter[str], paths: str) -> UserError:
         count, more = dropped.total(), dropped.total() - _LISTED
@@ -276,7 +344,7 @@ class Preparation:
         return self.recipe.error("data.on_bad_rows", f"{which} of {paths} cannot be used{unlisted}; {hint}")
 
     def _rows(
-        self, chosen: Sequence[_Chosen], labels: Labels, augmenter: Augmenter | None
+        self, chosen: Sequence[Chosen], labels: Labels, augmenter: Augmenter | None
     ) -> Iterator[tuple[dict[str, list[Any]], list[tuple[str, Bad]]]]:
         """Batches of tokenised rows, each with the rows that cannot be used. After one such, tokenising may be in vain."""
         failed, originals = False, 0
@@ -290,29 +358,18 @@ class Preparation:
                 if failed or not good["row"]:
                     yield {"row": []}, bad
                     continue
-                columns, good, empty = self._tokenised(good)
-                bad += [(_place(part, row), Bad(reason=NO_TOKENS)) for row in empty]
+                columns, problems = self.encoder.encode(good, part)
+                bad += [(_place(part, row), p) for row, p in zip(good["row"], problems, strict=True) if p is not None]
+                failed = failed or bool(bad and not self.drop)
+                good = kept(good, problems)
+                columns["row"] = good["row"]
                 if augmenter:
                     columns["origin"] = list(range(originals, originals + len(good["row"])))
                     originals += len(good["row"])
                 yield columns, bad
                 if augmenter and (copies := _copies({**good, "origin": columns["origin"]}, augmenter))["row"]:
-                    columns, copies, _ = self._tokenised(copies)
-                    yield {**columns, "origin": copies["origin"]}, []
-
-    def _tokenised(self, good: Mapping[str, list[Any]]) -> tuple[dict[str, list[Any]], dict[str, list[Any]], list[int]]:
-        """The columns of the rows that give tokens, these rows, and the numbers of those that give none."""
-        pairs = [good[name] for name in ("0", "1") if name in good]
-        tokens = self.tokenizer(*pairs, truncation=True, max_length=self.limit, return_attention_mask=False)
-        lengths = list(map(len, tokens["input_ids"]))
-        columns = {**tokens, "labels": good["labels"], "length": lengths, "row": good["row"]}
-        if 0 not in lengths:
-            return columns, dict(good), []
-        kept = [
-            {name: [v for v, length in zip(vs, lengths, strict=True) if length] for name, vs in of.items()}
-            for of in (columns, good)
-        ]
-        return kept[0], kept[1], [row for row, length in zip(good["row"], lengths, strict=True) if not length]
+                    columns, problems = self.encoder.encode(copies, part)
+                    yield {**columns, **{name: kept(copies, problems)[name] for name in ("row", "origin")}}, []
 
 
 def _copies(rows: Mapping[str, list[Any]], augmenter: Augmenter) -> dict[str, list[Any]]:
@@ -334,7 +391,7 @@ def _take(column: pa.ChunkedArray, rows: Integers) -> list[str | None]:
 
 
 def _sorted_out(
-    chosen: _Chosen, rows: list[int], texts: list[list[str | None]], numbers: list[int | Bad]
+    chosen: Chosen, rows: list[int], texts: list[list[str | None]], numbers: list[int | Bad]
 ) -> tuple[dict[str, list[Any]], list[tuple[str, Bad]]]:
     """The usable rows as columns, and the others with their places."""
     names, broken = chosen.part.wanted.texts, chosen.table.broken
@@ -362,7 +419,7 @@ def _text_problem(text: str | None, column: str) -> Bad | None:
     return None
 
 
-def _place(chosen: _Chosen, row: int) -> str:
+def _place(chosen: Chosen, row: int) -> str:
     lines = chosen.table.lines
     return f"{chosen.part.source.path}{f':{lines[row]}' if lines else ''}: row {row + 1}"
 
@@ -376,7 +433,7 @@ def _complete(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     """The same for tokenizers that give the same tokens."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # the last call's, and set anew by each

@@ -37,6 +37,8 @@ class Model:
     """Run Python code that comes with the model. Off unless said here."""
     use_safetensors: bool = True
     """Load safetensors only. false also admits pickled weights, which can run code."""
+    added_tokens: list[str] = field(default_factory=list)
+    """Special tokens to add to the tokenizer; the embedding grows by them, and the adapter trains and keeps the new rows."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Keys of the model's own configuration (dropout, problem_type, ...) to set before it is built."""
 

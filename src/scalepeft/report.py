@@ -23,6 +23,8 @@ MOST_CLASSES = 20
 _SCORES = {
     "accuracy": ("accuracy", "-"),
     "f1_macro": ("macro F1", "--"),
+    "mean_token_accuracy": ("token accuracy", "-"),
+    "rewards_accuracies": ("reward accuracy", "-"),
     "pearson": ("Pearson", "-"),
     "spearman": ("Spearman", "--"),
 }

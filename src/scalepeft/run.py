@@ -62,8 +62,21 @@ class SetMetrics:
     """Regression: Pearson's correlation of truth and prediction."""
     spearman: float | None = None
     """Regression: Spearman's correlation of truth and prediction."""
+    perplexity: float | None = None
+    """causal-lm: e to the power of the loss."""
+    mean_token_accuracy: float | None = None
+    """causal-lm: share of the tokens in the loss that were the likeliest."""
+    rewards_accuracies: float | None = None
+    """preference: share of pairs whose chosen answer has the higher reward."""
+    rewards_margins: float | None = None
+    """preference: mean reward of the chosen answers less that of the rejected ones."""
+    rewards_chosen: float | None = None
+    """preference: mean reward of the chosen answers, beta times the log-ratio to the reference model."""
+    rewards_rejected: float | None = None
+    """preference: mean reward of the rejected answers."""
     loss: float
-    """Mean cross-entropy of the rows in nats, without label smoothing; regression: mean squared error."""
+    """Mean cross-entropy in nats, of rows or (causal-lm) tokens in the loss, without label smoothing; regression: mean squared
+    error; preference: mean -log sigmoid of the reward margin, which is DPO's loss, whatever loss_type trains."""
 
 
 @dataclass(frozen=True, kw_only=True)

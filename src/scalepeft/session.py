@@ -18,11 +18,11 @@ from scalepeft.data import Corpus
 from scalepeft.errors import Interrupted, UserError, disk_full, one_line
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
-from scalepeft.trainer import RecipeTrainer
+from scalepeft.trainer import RecipeTraining
 
 
 @contextlib.contextmanager
-def session(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, *, fresh: bool) -> Iterator[Path | None]:
+def session(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining, *, fresh: bool) -> Iterator[Path | None]:
     """Open the run directory, yield the checkpoint to resume from, and record how the session ends.
 
     The directory is made here, after all that could have been wrong with the recipe, and held by a lock until the end.
@@ -111,6 +111,8 @@ def _open(recipe: Recipe, run: Run, corpus: Corpus) -> None:
             "keys": keys,
             "rows": {name: len(prepared.rows) for name, prepared in corpus.sets.items()},
             "dropped": {name: prepared.dropped for name, prepared in corpus.sets.items()},
+            "truncated": {name: prepared.truncated for name, prepared in corpus.sets.items() if prepared.truncated},
+            "documents": {name: prepared.documents for name, prepared in corpus.sets.items() if prepared.documents},
             "augmented": {name: prepared.augmented for name, prepared in corpus.sets.items() if prepared.augmented},
         },
     )

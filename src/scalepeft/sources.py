@@ -10,9 +10,9 @@ import csv
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,13 +54,15 @@ class Table:
     """The wanted columns of a source that was read. Row numbers are from 0."""
 
     texts: list[pa.ChunkedArray]
-    """One column of strings, or the two of a pair."""
+    """One column of strings, or the two of a pair; of records one, each a JSON object."""
     labels: pa.ChunkedArray | list[Any] | None
     """As they stand in the source; None without a label column."""
     broken: dict[int, Bad] = field(default_factory=dict)
     """The rows that could not be read."""
     lines: Sequence[int] | None = None
     """The line of each row in a text file."""
+    columns: Sequence[str] = ()
+    """Of records: the columns that are there, by their usual names."""
 
     def __len__(self) -> int:
         return len(self.texts[0])
@@ -103,6 +105,81 @@ class Wanted:
         if twice := [name for name in [*self.texts, self.label] if there.count(name) > 1]:
             raise self.fail("path", f"the header has the column {twice[0]!r} more than once")
         return self.label if self.label in there else None
+
+    @property
+    def identity(self) -> list[Any]:
+        """What is taken, as JSON."""
+        return [self.texts, self.label, self.label_optional]
+
+    @property
+    def width(self) -> int:
+        """The number of columns of a table's texts."""
+        return len(self.texts)
+
+    def columns_in(self, columns: Iterable[str]) -> list[str]:
+        """The columns to read, after the same check."""
+        label = self.label_in(columns)
+        return list(dict.fromkeys([*self.texts, *([label] if label is not None else [])]))
+
+    def row(self, item: Mapping[str, Any]) -> list[Any]:
+        """The texts of a row."""
+        return [item.get(name) for name in self.texts]
+
+    def usual(self, columns: Iterable[str]) -> list[str]:  # noqa: ARG002  # the signature of Records
+        """The usual names of the columns that are there; none have such names here."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records(Wanted):
+    """Rows of language models: whichever columns of a conversation are there, each row as one JSON object."""
+
+    texts: list[str] = field(default_factory=list)
+    label: str = ""
+    label_optional: bool = True
+    names: Mapping[str, str]
+    """The usual name of each column that any format knows, and the name that it has in this source."""
+    renamed: Sequence[str] = ()
+    """Those of `names` that the recipe says, and that must be there."""
+
+    def label_in(self, columns: Iterable[str]) -> str | None:
+        """No label; after a check that the columns the recipe names are there, and any that a format knows."""
+        there = list(columns)
+        shown = ", ".join(map(repr, there[:20])) + (", ..." if len(there) > 20 else "") or "none"
+        for usual in self.renamed:
+            if (name := self.names[usual]) not in there:
+                raise self.fail("columns", f"there is no column {name!r}; the columns are {shown}{did_you_mean(name, there)}")
+        if not self.usual(there):
+            raise self.fail(
+                "columns", f"no column holds conversations by its name; say which: {{messages: NAME}}; there are {shown}"
+            )
+        return None
+
+    @property
+    def identity(self) -> list[Any]:
+        """What is taken, as JSON."""
+        return [dict(self.names)]
+
+    @property
+    def width(self) -> int:
+        """One column: the object."""
+        return 1
+
+    def columns_in(self, columns: Iterable[str]) -> list[str]:
+        """The columns to read, after the same check."""
+        there = list(columns)
+        self.label_in(there)
+        return [name for name in self.names.values() if name in there]
+
+    def row(self, item: Mapping[str, Any]) -> list[Any]:
+        """A row as one JSON object, by the usual names; nulls are left out."""
+        kept = {usual: item[name] for usual, name in self.names.items() if item.get(name) is not None}
+        return [json.dumps(kept, ensure_ascii=False, default=str)]  # other than str: dates and bytes of Arrow
+
+    def usual(self, columns: Iterable[str]) -> list[str]:
+        """The usual names of the columns that are there."""
+        there = set(columns)
+        return [usual for usual, name in self.names.items() if name in there]
 
 
 def open_source(source: Source, wanted: Wanted) -> Opened:
@@ -201,10 +278,11 @@ class _Columns:
                 chunks.append(pa.array(waiting, pa.large_string()))
             waiting.clear()
 
-    def table(self) -> Table:
+    def table(self, usual: Sequence[str]) -> Table:
         self._flush()
         texts = [pa.chunked_array(chunks, pa.large_string()) for chunks in self._chunks]
-        return Table(texts=texts, labels=self._labels, broken=self._broken, lines=self._lines if any(self._lines) else None)
+        lines = self._lines if any(self._lines) else None
+        return Table(texts=texts, labels=self._labels, broken=self._broken, lines=lines, columns=usual)
 
 
 def _encodable(text: str) -> bool:
@@ -231,14 +309,15 @@ def _read_csv(path: Path, wanted: Wanted, *, delimiter: str) -> Table:
             if not header:
                 raise wanted.fail("path", f"{path} is empty")
             label = wanted.label_in(header)
-            at = [header.index(name) for name in wanted.texts]
             label_at = header.index(label) if label is not None else None
-            columns = _Columns(len(at), labelled=label_at is not None)
-            nothing = [None] * len(at)
+            columns = _Columns(wanted.width, labelled=label_at is not None)
+            nothing = [None] * wanted.width
             start = reader.line_num + 1
             for row in reader:
                 if len(row) == len(header):
-                    columns.add([row[i] for i in at], row[label_at] if label_at is not None else None, start)
+                    columns.add(
+                        wanted.row(dict(zip(header, row, strict=True))), row[label_at] if label_at is not None else None, start
+                    )
                 elif row:  # an empty line is no row
                     detail = f"it has {len(row)} field{'s' * (len(row) != 1)}, the header has {len(header)}"
                     columns.add(nothing, None, start, Bad(reason=RAGGED, detail=detail))
@@ -246,7 +325,7 @@ def _read_csv(path: Path, wanted: Wanted, *, delimiter: str) -> Table:
         except csv.Error as error:
             reason = "a quote is opened and not closed" if "unexpected end of data" in str(error) else one_line(error)
             raise wanted.fail("path", f"{path}:{start}: not {path.suffix[1:]}: {reason}, in the row that starts here") from None
-    return columns.table()
+    return columns.table(wanted.usual(header))
 
 
 def _read_jsonl(path: Path, wanted: Wanted) -> Table:
@@ -289,19 +368,19 @@ def _read_json(path: Path, wanted: Wanted) -> Table:
 
 def _from_objects(objects: Iterable[tuple[int, Any, Bad | None]], wanted: Wanted) -> Table:
     seen: dict[str, None] = {}
-    columns = _Columns(len(wanted.texts), labelled=True)
+    columns = _Columns(wanted.width, labelled=True)
     for line, found, broken in objects:
         bad = broken
         item = found if isinstance(found, dict) else {}
         if item is not found:
             bad = bad or Bad(reason=NOT_JSON, detail=shown(found))
         seen |= dict.fromkeys(item)
-        columns.add([item.get(name) for name in wanted.texts], item.get(wanted.label), line, bad)
-    table = columns.table()
+        columns.add(wanted.row(item), item.get(wanted.label), line, bad)
+    table = columns.table(wanted.usual(seen))
     if not seen and len(table):
         return table  # every row is broken, and says so
     label = wanted.label_in(seen)
-    return table if label is not None else Table(texts=table.texts, labels=None, broken=table.broken, lines=table.lines)
+    return table if label is not None else replace(table, labels=None)
 
 
 # --- Arrow: parquet, saved folders and the Hub ---------------------------------------------------------------------
@@ -316,13 +395,16 @@ def _parquet_errors(path: Path, wanted: Wanted) -> Iterator[None]:
 
 
 def _read_parquet(path: Path, wanted: Wanted) -> Table:
-    label = wanted.label_in(pq.read_schema(path).names)
+    there = pq.read_schema(path).names
     with _parquet_errors(path, wanted):
-        table = pq.read_table(path, columns=list(dict.fromkeys([*wanted.texts, *([label] if label else [])])))
-    return _from_arrow(table, label, wanted)
+        table = pq.read_table(path, columns=wanted.columns_in(there))
+    return _from_arrow(table, wanted.label_in(there), wanted)
 
 
 def _from_arrow(table: pa.Table, label: str | None, wanted: Wanted) -> Table:
+    if isinstance(wanted, Records):
+        rows = (pa.array([wanted.row(item)[0] for item in b.to_pylist()], pa.large_string()) for b in table.to_batches(_CHUNK))
+        return Table(texts=[pa.chunked_array(rows, pa.large_string())], labels=None, columns=wanted.usual(table.column_names))
     texts = []
     for name in wanted.texts:
         column = table.column(name)
@@ -405,7 +487,7 @@ def _from_dataset(source: Source, rows: datasets.Dataset, identity: str, revisio
     label = wanted.label_in(rows.column_names)
 
     def read() -> Table:
-        plain = rows.select_columns(list(dict.fromkeys([*wanted.texts, *([label] if label else [])])))
+        plain = rows.select_columns(wanted.columns_in(rows.column_names))
         if plain._indices is not None:  # noqa: SLF001  # rows chosen by an index, which the Arrow table does not show
             plain = plain.flatten_indices()
         return _from_arrow(plain.data.table, label, wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import evaluate
@@ -13,20 +13,47 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from scalepeft.labels import UNLABELLED
-from scalepeft.recipe import Recipe
 
 IGNORED = UNLABELLED
 """The label of a row that counts neither in the loss nor in a metric (torch's ignore_index)."""
 
 
+class Task(Protocol):
+    """What trainers, evaluation and prediction ask of a task."""
+
+    tokenizer: PreTrainedTokenizerBase
+    generative: bool
+    """Whether the model writes text."""
+    figures: tuple[str, ...]
+    """What `metrics` gives, as run.SetMetrics documents it."""
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Rows as tensors, padded to the longest, with labels that are IGNORED where nothing counts."""
+
+    def ready(self, model: Any) -> None:
+        """Prepare a loaded model for `measure`."""
+
+    def measure(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The numbers that `metrics` needs of each row: all that an evaluation gathers, whatever classes or vocabulary."""
+
+    def metrics(self, measured: NDArray[np.floating], references: NDArray[Any]) -> dict[str, float]:
+        """The figures from `measure`d rows and their labels."""
+
+    def details(self, measured: NDArray[np.floating], references: NDArray[Any]) -> dict[str, Any]:
+        """What is recorded beside the figures."""
+
+    def probe(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """The inputs to which a reloaded model must give the trained model's answers."""
+
+
 class SequenceClassification:
     """One label a row."""
 
+    generative = False
     figures: tuple[str, ...] = (
         *("accuracy", "f1_macro", "f1_weighted", "precision_macro", "precision_weighted", "recall_macro", "recall_weighted"),
         *("matthews_correlation", "loss"),
     )
-    """What `metrics` gives, as run.SetMetrics documents it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, label_smoothing: float = 0.0) -> None:
         self.tokenizer, self.labels, self.label_smoothing = tokenizer, list(labels), label_smoothing
@@ -38,6 +65,18 @@ class SequenceClassification:
         batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
         batch["labels"] = torch.tensor([row["labels"] for row in rows])
         return batch
+
+    def probe(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """The rows themselves."""
+        return {name: tensor for name, tensor in self.collate(rows).items() if name != "labels"}
+
+    def ready(self, model: Any) -> None:
+        """Nothing."""
+
+    def measure(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Each row `reduce`d."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return self.reduce(model(**inputs).logits, batch["labels"])
 
     def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
         """Summed cross-entropy over the rows of the whole global batch.
@@ -182,14 +221,3 @@ class Classification(evaluate.Metric):  # type: ignore[misc]
             means = precision_recall_fscore_support(references, predictions, average=average, zero_division=0)[:3]
             figures |= {f"{name}_{average}": float(v) for name, v in zip(("precision", "recall", "f1"), means, strict=True)}
         return figures
-
-
-def task(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, label_smoothing: float = 0.0
-) -> SequenceClassification:
-    """What a recipe trains."""
-    kind = SequenceRegression if recipe.regression else TASKS[recipe.task]
-    return kind(tokenizer, labels, label_smoothing=label_smoothing)
-
-
-TASKS = {"sequence-classification": SequenceClassification}

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import importlib
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
+from scalepeft import upstream
 from scalepeft.console import quiet_upstream, say, speaks
 from scalepeft.errors import Interrupted, did_you_mean, one_line, program
 from scalepeft.fetch import asset_path, missing_inputs, offline_if_unreachable
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 
     from scalepeft.data import Corpus
     from scalepeft.prepared import Prepared
-    from scalepeft.tasks import SequenceClassification
-    from scalepeft.trainer import RecipeTrainer
+    from scalepeft.tasks import Task
+    from scalepeft.trainer import RecipeTraining
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -61,23 +63,31 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
 
     from transformers import set_seed
 
-    from scalepeft import data, model, tasks
+    from scalepeft import data, kinds, model
     from scalepeft.session import session
-    from scalepeft.trainer import RecipeTrainer
 
     tokenizer = model.tokenizer(recipe)
     corpus = data.prepare(recipe, tokenizer, limit=model.longest_input(recipe, tokenizer))
     # several processes form their group here, after all preparation
     arguments = _arguments(recipe, run, resumed=state == "unfinished")
     set_seed(arguments.seed)
-    task = tasks.task(recipe, tokenizer, corpus.label_names, label_smoothing=arguments.label_smoothing_factor)
+    task = kinds.task(recipe, tokenizer, corpus.label_names)
     _check_best_metric(recipe, arguments, task, corpus)
-    built, new = model.build(recipe, corpus.label_names, total_steps=_total_steps(recipe, arguments, corpus))
+    built, new = model.build(
+        recipe,
+        corpus.label_names,
+        vocabulary=len(tokenizer),
+        total_steps=_total_steps(recipe, arguments, corpus),
+        checkpointing=arguments.gradient_checkpointing,
+    )
+    parameters = model.parameters(built)  # before DPOTrainer adds its copy of the adapter
     with _refusals(recipe, run):
-        trainer = RecipeTrainer(recipe, model=built, args=arguments, task=task, run=run, corpus=corpus)
+        trainer = kinds.trainer(recipe, model=built, args=arguments, task=task, run=run, corpus=corpus)
         trainer.make_optimizer()
     with session(recipe, run, corpus, trainer, fresh=fresh) as checkpoint:
-        _describe(recipe, run, corpus, trainer, new)
+        _record_start(recipe, run, corpus, trainer, parameters)
+        if speaks():
+            say(_start_panel(recipe, run, corpus, trainer, new))
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         _record_training(run, trainer, time.monotonic() - started)
@@ -91,7 +101,6 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
 def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     """TrainingArguments from the recipe alone: the launch file says how many processes and which engine, no more."""
     import torch
-    from transformers import TrainingArguments
     from transformers.integrations import get_available_reporting_integrations
 
     given: dict[str, Any] = {
@@ -107,9 +116,10 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     if resumed and run.record["evaluation"]:  # before its first step, in the session that began it
         given["eval_on_start"] = False
     # read where neither bf16 nor fp16 is set: a launch file's mixed_precision would slip in
-    os.environ["ACCELERATE_MIXED_PRECISION"] = next((p for p in ("bf16", "fp16") if given.get(p)), "no")
+    os.environ["ACCELERATE_MIXED_PRECISION"] = recipe.precision
+    module, _, name = upstream.TASK_ARGUMENTS[recipe.task].partition(":")
     try:
-        arguments = TrainingArguments(**given)
+        arguments: TrainingArguments = getattr(importlib.import_module(module), name)(**given)
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise recipe.error("training", one_line(error)) from error
     available = get_available_reporting_integrations()
@@ -154,7 +164,7 @@ def _accumulation(recipe: Recipe, rows: int) -> int:
     return rows // (batch * processes)
 
 
-def _check_best_metric(recipe: Recipe, arguments: TrainingArguments, task: SequenceClassification, corpus: Corpus) -> None:
+def _check_best_metric(recipe: Recipe, arguments: TrainingArguments, task: Task, corpus: Corpus) -> None:
     """A metric that no evaluation gives is refused now: upstream says so after the first epoch."""
     figures = task.figures
     others = [f"{name}_{figure}" for name in list(corpus.evaluation)[1:] for figure in figures]
@@ -164,16 +174,14 @@ def _check_best_metric(recipe: Recipe, arguments: TrainingArguments, task: Seque
         raise recipe.error("training.metric_for_best_model", f"no evaluation gives {metric!r}{told}")
 
 
-def _describe(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, new: Sequence[str]) -> None:
-    """Record the layout and the parameters, and print the start panel."""
+def _record_start(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining, parameters: Mapping[str, int]) -> None:
+    """Record the layout, the parameters, the steps and the revisions."""
     import torch
 
-    from scalepeft import model, report
-    from scalepeft.trainer import steps_per_epoch, total_steps
+    from scalepeft.trainer import total_steps
 
-    args, batches, counts = trainer.args, trainer.step_batches(), model.parameters(trainer.model)
+    args, batches = trainer.args, trainer.step_batches()
     dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
-    precision = dtype if args.mixed_precision == "no" else f"{args.mixed_precision} over {dtype}"
     layout = {
         "processes": args.world_size,
         "per_device_train_batch_size": args.per_device_train_batch_size,
@@ -182,46 +190,58 @@ def _describe(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer, 
         "engine": trainer.accelerator.distributed_type.value,
         "device": args.device.type,
         "threads": torch.get_num_threads(),
-        "precision": precision,
+        "precision": dtype if args.mixed_precision == "no" else f"{args.mixed_precision} over {dtype}",
     }
-    steps, per_epoch = total_steps(args, batches), steps_per_epoch(args, batches)
     if args.process_index == 0:
-        run.update(
-            layout=layout, parameters=counts, max_steps=steps, revisions={**corpus.revisions, **_revision(recipe, trainer)}
-        )
+        revisions = {**corpus.revisions, **_revision(recipe, trainer)}
+        run.update(layout=layout, parameters=parameters, max_steps=total_steps(args, batches), revisions=revisions)
+
+
+def _start_panel(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining, new: Sequence[str]) -> str:
+    """What is about to be trained, from the run's record."""
+    from scalepeft import report
+    from scalepeft.trainer import steps_per_epoch
+
+    batches, record = trainer.step_batches(), run.record
+    layout, counts = record["layout"], record["parameters"]
     kind = "full fine-tuning" if recipe.adapter is None else recipe.adapter.get("peft_type", "continued adapter")
     backbone = trainer.model.get_base_model() if recipe.adapter is not None else trainer.model
     heads = sorted({name.rpartition(".")[0] for name in new})
-    engine = f" ({layout['engine']})" if args.world_size > 1 else ""
-    threads = f"{layout['threads']} thread{'s' if torch.get_num_threads() > 1 else ''}{' each' if args.world_size > 1 else ''}"
-    processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
-    batch = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x {processes}"
+    several = layout["processes"] > 1
+    engine = f" ({layout['engine']})" if several else ""
+    threads = f"{layout['threads']} thread{'s' if layout['threads'] > 1 else ''}{' each' if several else ''}"
+    processes = f"{layout['processes']} process{'es' if several else ''}"
+    batch = f"{layout['per_device_train_batch_size']} x {layout['gradient_accumulation_steps']} accumulated x {processes}"
+    per_epoch = steps_per_epoch(trainer.args, batches)
     lines = {
         "model": f"{recipe.model.name_or_path} ({type(backbone).__name__}{'; new: ' if heads else ''}{', '.join(heads)})",
         "trains": f"{kind}: {counts['trainable']:,} of {counts['total']:,} parameters"
         f" ({counts['trainable'] / counts['total']:.4%})",
         "data": " · ".join(_rows(name, prepared) for name, prepared in corpus.sets.items()),
-        "steps": f"{steps:,} of {batches.global_batch} rows ({batch}); {per_epoch:,} an epoch",
+        "steps": f"{record['max_steps']:,} of {batches.global_batch} rows ({batch}); {per_epoch:,} an epoch",
         "padding": f"{batches.padding_waste():.1%} of the tokens",
-        "layout": f"{processes}{engine} · {layout['device']} · {precision} · {threads}",
+        "layout": f"{processes}{engine} · {layout['device']} · {layout['precision']} · {threads}",
     }
-    say(report.panel(f"{recipe.name} -> {run.path}", lines))
+    return report.panel(f"{recipe.name} -> {run.path}", lines)
 
 
 def _rows(name: str, prepared: Prepared) -> str:
     dropped = f" ({sum(prepared.dropped.values())} dropped)" if prepared.dropped else ""
     augmented = f" ({prepared.augmented['added']:,} of them augmented)" if prepared.augmented else ""
-    return f"{name} {len(prepared.rows):,} rows{augmented}{dropped}{', cached' if prepared.reused else ''}"
+    cut = f" ({prepared.truncated:,} cut)" if prepared.truncated else ""
+    packed = f" packed into {len(prepared.rows):,}" if prepared.documents else ""
+    rows = prepared.documents or len(prepared.rows)
+    return f"{name} {rows:,} rows{packed}{augmented}{cut}{dropped}{', cached' if prepared.reused else ''}"
 
 
-def _revision(recipe: Recipe, trainer: RecipeTrainer) -> dict[str, str]:
+def _revision(recipe: Recipe, trainer: RecipeTraining) -> dict[str, str]:
     found = getattr(trainer.model.config, "_commit_hash", None) or recipe.model.revision
     if recipe.model.name_or_path.startswith("fetched:"):
         found = asset_path(recipe.model.name_or_path).name  # the name with the pinned version
     return {recipe.model.name_or_path: found} if found else {}
 
 
-def _record_training(run: Run, trainer: RecipeTrainer, seconds: float) -> None:
+def _record_training(run: Run, trainer: RecipeTraining, seconds: float) -> None:
     import resource
 
     import torch
@@ -247,7 +267,7 @@ def _record_training(run: Run, trainer: RecipeTrainer, seconds: float) -> None:
     )
 
 
-def _stop_if_requested(run: Run, trainer: RecipeTrainer) -> None:
+def _stop_if_requested(run: Run, trainer: RecipeTraining) -> None:
     """After a requested stop the checkpoint is saved and the run unfinished: say so and leave."""
     step = trainer.state.global_step
     if not any(getattr(callback, "stopped", False) for callback in trainer.callback_handler.callbacks):
@@ -257,7 +277,7 @@ def _stop_if_requested(run: Run, trainer: RecipeTrainer) -> None:
     raise Interrupted(told)
 
 
-def _record_evaluation(run: Run, trainer: RecipeTrainer) -> None:
+def _record_evaluation(run: Run, trainer: RecipeTraining) -> None:
     """Evaluate the weights that will be saved, unless that was just done in training, and draw the curves."""
     from scalepeft import report
     from scalepeft.callbacks import MetricsLog
@@ -283,7 +303,7 @@ def _record_evaluation(run: Run, trainer: RecipeTrainer) -> None:
     report.curves(run)
 
 
-def _save(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer) -> None:
+def _save(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining) -> None:
     """Save the weights beside and rename them into place, then what the verification needs; written in that order."""
     import numpy as np
 
@@ -295,7 +315,7 @@ def _save(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrainer) -> N
     main = next(iter(corpus.evaluation), None)
     rows = trainer.eval_dataset[main] if main else trainer.train_dataset
     indices = np.unique(np.linspace(0, len(rows) - 1, num=32, dtype=np.int64))
-    reference = trainer.reference_logits(rows, indices)
+    reference = trainer.reference(rows, indices)
     if trainer.args.process_index != 0:
         return
     # The label names, for loaders of the adapter. Not inside adapter/: with a config.json there, transformers takes the folder

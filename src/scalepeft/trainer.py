@@ -1,4 +1,4 @@
-"""Upstream's Trainer with this project's order of rows, its evaluation and its checkpoints."""
+"""Upstream's trainers with this project's order of rows, its evaluation and its checkpoints."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from scalepeft.adalora import RankAllocation, allocates_ranks, load_ranks_state,
 from scalepeft.callbacks import SPEED, Progress
 from scalepeft.checkpoint import load_state, publish, save_state
 from scalepeft.data import Corpus
+from scalepeft.model import answers
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
 from scalepeft.sampler import NO_ROW, StepBatches
-from scalepeft.tasks import IGNORED, SequenceClassification
+from scalepeft.tasks import IGNORED, SequenceClassification, Task
 
 
 class Rows(Dataset[dict[str, Any]]):
     """Prepared rows by number; NO_ROW gives a row that counts nowhere."""
 
     def __init__(self, rows: datasets.Dataset) -> None:
-        self.rows = rows.select_columns([c for c in ("input_ids", "token_type_ids", "labels") if c in rows.column_names])
+        self.rows = rows.select_columns([c for c in rows.column_names if c not in ("length", "row", "origin")])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,7 +46,8 @@ class Rows(Dataset[dict[str, Any]]):
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         for row, index in zip(rows, indices, strict=True):
             if index == NO_ROW:
-                row["labels"] = IGNORED
+                tokens = row.get("labels")
+                row["labels"] = [IGNORED] * len(tokens) if isinstance(tokens, list) else IGNORED
         return rows
 
 
@@ -74,39 +76,27 @@ def total_steps(args: TrainingArguments, batches: StepBatches) -> int:
     return int(args.max_steps) if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch(args, batches))
 
 
-class RecipeTrainer(Trainer):  # type: ignore[misc]
-    """Trains the same whatever the layout, evaluates every named set, and leaves no pickle behind.
+class RecipeTraining(Trainer):  # type: ignore[misc]
+    """What this project's trainers share: they train the same whatever the layout, evaluate every named set, leave no pickle.
 
-    `evaluations` holds, by step and set, the metrics, the per-class table and the confusion matrix; `saved`, after training
-    and on the process that writes, the weights as they were saved.
+    Among the bases of a class it stands before the upstream trainer that it changes; the class calls `adopt` once that is made.
+    `evaluations` holds, by step and set, the metrics and their details; `saved`, after training and on the process that
+    writes, the weights as they were saved.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        task: SequenceClassification,
-        run: Run,
-        corpus: Corpus,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            data_collator=task.collate,
-            processing_class=task.tokenizer,
-            train_dataset=Rows(corpus.sets["train"].rows),
-            eval_dataset={name: Rows(prepared.rows) for name, prepared in corpus.evaluation.items()} or None,
-            compute_loss_func=self._loss,
-            compute_metrics=self._compute_metrics,
-            preprocess_logits_for_metrics=task.reduce,
-            callbacks=[EarlyStoppingCallback(**recipe.early_stopping)] if recipe.early_stopping is not None else None,
-            **options,
-        )
+    def adopt(self, recipe: Recipe, task: Task, run: Run, corpus: Corpus) -> None:
+        """Take the recipe's rows and callbacks."""
         for upstream in (PrinterCallback, ProgressCallback):
             self.remove_callback(upstream)
+        if recipe.early_stopping is not None:
+            self.add_callback(EarlyStoppingCallback(**recipe.early_stopping))
         self.add_callback(Progress())
         if allocates_ranks(self.model):
             self.add_callback(RankAllocation())
         self.task, self.run = task, run
+        train, evaluation = self.train_dataset, self.eval_dataset or {}  # DPOTrainer may have added columns
+        self.train_dataset: Rows = Rows(train)
+        self.eval_dataset: dict[str, Rows] = {name: Rows(rows) for name, rows in evaluation.items()}
         self.lengths = {name: prepared.lengths for name, prepared in corpus.sets.items()}
         self.evaluations: dict[int, dict[str, dict[str, Any]]] = {}
         self.saved: dict[str, torch.Tensor] = {}
@@ -126,7 +116,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches of this process, in the project's own order."""
-        return self._loader(self.train_dataset, self.step_batches())
+        return self._loader(self.train_dataset, self.step_batches(), self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
         """The batches of a named set, longest rows first: metrics do not depend on the order, padding does."""
@@ -140,14 +130,14 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
             strategy="longest_first",
             fill=self.args.world_size > 1,
         )
-        return self._loader(self.eval_dataset[eval_dataset], batches)
+        return self._loader(self.eval_dataset[eval_dataset], batches, self.task.collate)
 
-    def _loader(self, rows: Dataset[Any], batches: StepBatches) -> DataLoader[Any]:
+    def _loader(self, rows: Dataset[Any], batches: StepBatches, collate: Any) -> DataLoader[Any]:
         args = self.args
         loader = DataLoader(
             rows,
             batch_sampler=batches,
-            collate_fn=self.data_collator,
+            collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
@@ -179,16 +169,17 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
             self.run.update(evaluation={name: {"before": found} for name, found in measured.items()})
         return figures
 
-    def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        loss = self.task.loss(outputs, labels, num_items_in_batch)
-        if self.model.training and num_items_in_batch is not None and allocates_ranks(self.model):
-            # each micro-batch bears its rows' share, so that processes and accumulation add up to it once
-            loss = loss + orthogonality(self.model) * (labels != IGNORED).sum() / num_items_in_batch
-        return loss
+    def regularisation(self, share: torch.Tensor | float) -> torch.Tensor | float:
+        """What an adapter adds to the loss of a micro-batch that holds a share of the step's items.
+
+        Upstream adds it to the model's own loss, which none of the trainers here takes.
+        """
+        return orthogonality(self.model) * share if self.model.training and allocates_ranks(self.model) else 0.0
 
     def _compute_metrics(self, predicted: EvalPrediction) -> dict[str, float]:
         self._details = self.task.details(predicted.predictions, predicted.label_ids)
-        return self.task.metrics(predicted.predictions, predicted.label_ids)
+        figures: dict[str, float] = self.task.metrics(predicted.predictions, predicted.label_ids)
+        return figures
 
     # --- checkpoints: no pickles, published last ----------------------------------------------------------------------
 
@@ -200,7 +191,9 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with ranks_may_be_zero(model):
-            model.save_pretrained(folder, state_dict=state_dict)
+            # TRL's DPOTrainer keeps a copy of the adapter as `ref`, which is nobody's to load
+            options = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
+            model.save_pretrained(folder, state_dict=state_dict, **options)
             if not self.is_in_train:  # the weights of the result, for the verification: gathered ones exist only here
                 if isinstance(model, PeftModel):
                     self.saved = get_peft_model_state_dict(model, state_dict)
@@ -280,11 +273,34 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         if "device" in state and self.args.device.type != "cpu":
             torch.get_device_module(self.args.device).set_rng_state(state["device"])
 
-    def reference_logits(self, rows: Rows, indices: NDArray[np.integer]) -> dict[str, torch.Tensor]:
-        """The inputs of a few rows and the trained model's logits for them, without autocast, on the CPU."""
+    def reference(self, rows: Rows, indices: NDArray[np.integer]) -> dict[str, torch.Tensor]:
+        """The inputs of a few rows and the trained model's answers to them, without autocast, on the CPU."""
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False).eval()
-        batch = self.data_collator(rows.__getitems__([int(i) for i in indices]))
-        batch.pop("labels")
-        with torch.inference_mode():
-            logits = model(**{k: v.to(self.args.device) for k, v in batch.items()}).logits
-        return {**batch, "logits": logits.float().cpu()}
+        inputs = self.task.probe(rows.__getitems__([int(i) for i in indices]))
+        on_device = {k: v.to(self.args.device) for k, v in inputs.items()}
+        return {**inputs, "logits": answers(model, on_device, generative=self.task.generative)}
+
+
+class ClassificationTrainer(RecipeTraining):
+    """transformers' Trainer for classification and regression."""
+
+    def __init__(self, recipe: Recipe, *, task: SequenceClassification, run: Run, corpus: Corpus, **options: Any) -> None:
+        super().__init__(
+            data_collator=task.collate,
+            processing_class=task.tokenizer,
+            train_dataset=corpus.sets["train"].rows,
+            eval_dataset={name: prepared.rows for name, prepared in corpus.evaluation.items()} or None,
+            compute_loss_func=self._loss,
+            compute_metrics=self._compute_metrics,
+            preprocess_logits_for_metrics=task.reduce,
+            **options,
+        )
+        self.adopt(recipe, task, run, corpus)
+        self.classification = task
+
+    def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        loss = self.classification.loss(outputs, labels, num_items_in_batch)
+        if num_items_in_batch is None:
+            return loss
+        # each micro-batch bears its rows' share, so that processes and accumulation add up to it once
+        return loss + self.regularisation((labels != IGNORED).sum() / num_items_in_batch)

@@ -17,7 +17,7 @@ from scalepeft.run import VERIFICATION, Run
 if TYPE_CHECKING:
     import torch
 
-    from scalepeft.trainer import RecipeTrainer
+    from scalepeft.trainer import RecipeTraining
 
 _TOLERANCE = {"torch.float32": 1e-4, "torch.float16": 1e-2, "torch.bfloat16": 5e-2}
 """Largest difference of logits by the base's dtype, relative to the largest logit (at least 1). On the device that trained,
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def write_reference(run: Run, reference: dict[str, torch.Tensor], trainer: RecipeTrainer) -> None:
+def write_reference(run: Run, reference: dict[str, torch.Tensor], trainer: RecipeTraining) -> None:
     """Keep the inputs and logits of a few rows, and the digest of each trained tensor as it was in memory when saved."""
     from safetensors.torch import save_file
 
@@ -65,7 +65,6 @@ def verify(run: Run) -> None:
 
 
 def _compare_logits(run: Run) -> dict[str, Any]:
-    import torch
     from safetensors.torch import load_file
 
     from scalepeft import model
@@ -73,9 +72,9 @@ def _compare_logits(run: Run) -> dict[str, Any]:
     reference = load_file(run.path / VERIFICATION)
     expected = reference.pop("logits")
     trained = model.load(run)
-    with torch.inference_mode():
-        device = next(trained.parameters()).device
-        logits = trained(**{k: v.to(device) for k, v in reference.items()}).logits.float().cpu()
+    device = next(trained.parameters()).device
+    inputs = {k: v.to(device) for k, v in reference.items()}
+    logits = model.answers(trained, inputs, generative=run.recipe().generative)
     dtype = str(trained.config.dtype)
     tolerance = _TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
     difference = (logits - expected).abs().max().item()
