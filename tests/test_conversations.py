@@ -11,7 +11,7 @@ from scalepeft.conversations import IGNORED, Conversations, prompt_ids, segments
 from scalepeft.dialogues import recognise
 from scalepeft.errors import UserError
 from scalepeft.preferences import Preferences
-from scalepeft.sources import Bad
+from scalepeft.sources import BAD_BYTES, Bad
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -65,6 +65,13 @@ QWEN3 = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
 THINKS = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+ENDS_ALL = MISTRAL.replace("' ' + m.content + eos_token", "'<|im_start|>' + m.content + '<|im_end|>\n'") + (
+    "{{ '<|im_start|>' if add_generation_prompt else eos_token }}"
+)
+NO_END = (
+    "{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' else '<|im_end|>' }}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_end|>' }}{% endif %}"
+)
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}INSIDE{% endgeneration %}OUTSIDE{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
@@ -157,16 +164,30 @@ def of_messages(tokenizer, messages, **more):
         (THINKS, None, "<|im_end|>", ["I am fine.<|im_end|>", "Still fine, and you?<|im_end|>"]),
         (MARKED_WITHOUT_END, None, "<|im_end|>", ["I am fine.<|im_end|>", "Still fine, and you?<|im_end|>"]),
         (MARKED_WITH_END, None, "<|im_end|>", ["I am fine.<|im_end|>", "Still fine, and you?<|im_end|>"]),
+        (ENDS_ALL, None, "</s>", ["I am fine.<|im_end|>", "Still fine, and you?<|im_end|>\n</s>"]),
+        (NO_END, None, "</s>", ["I am fine.", "Still fine, and you?</s>"]),
         (HEADS_ALWAYS, None, "</s>", [" I am fine.\n", " Still fine, and you?\n</s>"]),
     ],
-    ids=["chatml", "llama3", "mistral", "gemma", "qwen3", "thinks", "marked", "marked-end", "heads-always"],
+    ids=[
+        "chatml",
+        "llama3",
+        "mistral",
+        "gemma",
+        "qwen3",
+        "thinks",
+        "marked",
+        "marked-end",
+        "ends-all",
+        "no-end",
+        "heads-always",
+    ],
 )
 def test_the_answers_and_the_tokens_that_end_them_are_learned(template, bos, eos, expected):
     tokenizer = tokenizer_with(template, bos=bos, eos=eos, before=[bos] if bos else [])
     row = of_messages(tokenizer, TWO_TURNS)
     assert learned(tokenizer, row) == expected
     written = tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
-    assert text(tokenizer, row) == written + ("</s>" if template == HEADS_ALWAYS else "")  # no second BOS
+    assert text(tokenizer, row) == written + ("</s>" if template in (NO_END, HEADS_ALWAYS) else "")  # no second BOS
 
 
 def test_marked_turns_are_those_of_transformers_own_mask():
@@ -184,6 +205,37 @@ def test_reasoning_is_learned_where_the_template_keeps_it():
         "fine<|im_end|>",
         "<think>\nhm\n</think>\n\nStill fine, and you?<|im_end|>",
     ]
+
+
+def test_turns_marked_in_several_stretches_are_learned_unless_some_are_left_out():
+    twice = MARKED_WITH_END.replace("{{ m.content }}", "{{ m.content }}{% endgeneration %}{{ '' }}{% generation %}")
+    tokenizer = tokenizer_with(twice, bos=None, eos="<|im_end|>")
+    assert learned(tokenizer, of_messages(tokenizer, TWO_TURNS)) == ["I am fine.<|im_end|>", "Still fine, and you?<|im_end|>"]
+    bad = of_messages(tokenizer, [QUESTION, {**ANSWER, "train": False}, AGAIN, MORE])
+    assert bad.reason == conversations.TEMPLATE_REWRITES
+    assert "4 stretches for 2 turns" in bad.detail
+
+
+def test_tool_calls_are_learned_where_answers_have_no_head():
+    calls = MISTRAL.replace(
+        "{% if m.role == 'user' %}", "{% if m.tool_calls %}{{ m.tool_calls | tojson }}</s>{% elif m.role == 'user' %}"
+    ).replace("(loop.index0 % 2 == 0)", "(m.role == 'user')")
+    tokenizer = tokenizer_with(calls)
+    call = {"type": "function", "function": {"name": "time", "arguments": {}}}
+    row = of_messages(tokenizer, [QUESTION, {"role": "assistant", "tool_calls": [call]}])
+    assert learned(tokenizer, row) == [f"{json.dumps([call])}</s>"]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("+", Bad(reason=conversations.TEMPLATE_LACKS, detail="content of the role user")),
+        ("+ message['content'][0]['text'] +", None),  # as templates of models that also see have it
+    ],
+)
+def test_a_template_that_leaves_out_what_is_said_is_refused(written, expected):
+    bad = of_messages(tokenizer_with(CHATML.replace("+ message['content'] +", written)), TWO_TURNS)
+    assert bad == expected if expected else bad.reason == conversations.TEMPLATE_REFUSES
 
 
 def test_a_template_that_hides_where_a_turn_stands_is_refused():
@@ -235,7 +287,8 @@ def test_the_spaces_of_a_sentencepiece_tokenizer_stand_with_their_words():
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
     trainer = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], vocab_size=60, show_progress=False)
     backend.train_from_iterator(["[INST] How are you? And now? [/INST] I am fine. Still fine, and you?"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    named = {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
     tokenizer.chat_template = MISTRAL
     row = of_messages(tokenizer, TWO_TURNS)
     tokens = [tokenizer.convert_ids_to_tokens(label) for label in row["labels"] if label != IGNORED]
@@ -455,6 +508,9 @@ def test_a_row_whose_answer_is_cut_off_is_bad(chatml):
         ("prompt-completion", {"prompt": "x", "completion": [ANSWER]}, dialogues.NOT_TEXT),
         ("prompt-completion", {"prompt": [QUESTION, ANSWER], "completion": [AGAIN]}, conversations.NO_ASSISTANT),
         ("text", {"text": "\n"}, dialogues.EMPTY),
+        ("text", {"text": "half \ud83d"}, BAD_BYTES),
+        ("messages", {"messages": [QUESTION, {**ANSWER, "content": "half \ud83d"}]}, BAD_BYTES),
+        ("messages", {"messages": [QUESTION, {"role": "assistant", "tool_calls": 3}]}, dialogues.NOT_CALLS),
     ],
 )
 def test_a_row_that_cannot_be_used_says_why(chatml, form, record, reason):
@@ -648,6 +704,7 @@ def test_long_preferences_keep_their_start(chatml):
         ("messages", {"chosen": TWO_TURNS, "rejected": TWO_TURNS[:2]}, preferences.TWO_PROMPTS),
         ("messages", {"chosen": [ANSWER], "rejected": [MORE]}, preferences.TWO_PROMPTS),
         ("messages", {"chosen": [QUESTION, ANSWER], "rejected": None}, dialogues.MISSING),
+        ("prompt-completion", {"prompt": "x", "chosen": "y", "rejected": [QUESTION, ANSWER]}, preferences.TWO_PROMPTS),
         ("prompt-completion", {"prompt": "x", "chosen": "y", "rejected": "y"}, preferences.SAME),
         ("prompt-completion", {"prompt": "x", "chosen": "y", "rejected": " "}, dialogues.EMPTY),
         ("prompt-completion", {"prompt": None, "chosen": "x", "rejected": "y"}, dialogues.MISSING),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from scalepeft.dialogues import (
     turns,
 )
 from scalepeft.errors import UserError, one_line
-from scalepeft.sources import Bad
+from scalepeft.sources import BAD_BYTES, Bad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,6 +48,7 @@ TOO_LONG = "no token of the loss is left within training.max_length"
 # --- writing: from turns to tokens ---------------------------------------------------------------------------------
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OF_TEMPLATES = (TemplateError, TypeError, ValueError, AttributeError, LookupError)  # what one raises that meets odd messages
 _PROBE = "\ue000"  # of Unicode's private use: stands in no template and no row
 
 
@@ -74,9 +75,7 @@ class Writer:
         if not tokenizer.is_fast:
             raise UserError(f"{self.name}: has no fast tokenizer (tokenizer.json), which tells where tokens stand; convert it")
         if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"{self.name}: the tokenizer has no EOS token, so no answer would end; set its eos_token and save it"
-            )
+            raise UserError(f"{self.name}: the tokenizer has no EOS token, and no answer would end; set its eos_token")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -110,19 +109,21 @@ class Writer:
 
     @cached_property
     def prompts(self) -> bool:
-        """Whether the template heeds add_generation_prompt."""
-        probe = [{"role": "user", "content": _PROBE}]
+        """Whether an answer begins where add_generation_prompt ends: it adds an answer's head, or there is no such head."""
+        question, answer = ({"role": role, "content": _PROBE} for role in ("user", "assistant"))
         try:
-            return self.render(probe, None, prompt=True) != self.render(probe, None)
+            given = self.render([question], None, prompt=True)
+            if given != self.render([question], None):
+                return True
+            answered = self.render([question, answer], None)
         except Refused:
             return True
+        return not answered.removeprefix(given).partition(_PROBE)[0].strip()
 
     def template(self, tools: list[Any] | None) -> str:
         """The text of the chat template."""
         if not self.chat:
-            ways = (
-                "name one in training.chat_template_path, take an instruct model, or use the format text or prompt-completion"
-            )
+            ways = "name one in training.chat_template_path or take an instruct model; text and prompt-completion need none"
             raise UserError(f"{self.name}: the tokenizer has no chat template, which conversations need; {ways}")
         try:
             text: str = self.tokenizer.get_chat_template(tools=tools)
@@ -145,14 +146,7 @@ class Writer:
             )
         except TemplateSyntaxError as error:
             raise UserError(f"{self.name}: the chat template, line {error.lineno}: {one_line(error)}") from None
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            KeyError,
-            IndexError,
-        ) as error:  # any can come of a template
+        except _OF_TEMPLATES as error:
             raise Refused(TEMPLATE_REFUSES, one_line(error)) from None
         return texts[0], spans[0] if marked else []
 
@@ -167,24 +161,32 @@ class Writer:
         for name, there in parts.items():
             if there and name not in template:
                 raise Refused(TEMPLATE_LACKS, name)
-        return self.render(row.messages, row.tools)
+        text = self.render(row.messages, row.tools)
+        for message in row.messages:  # templates of models that also see want lists as content, and leave out a text
+            words = message.get("content", "").rpartition("</think>")[2].split()  # many leave out what was thought
+            if message["role"] in ("user", "assistant") and words and words[-1] not in text:
+                raise Refused(TEMPLATE_LACKS, f"content of the role {message['role']}")
+        return text
 
     def spans(self, row: Dialogue, text: str, places: Sequence[int]) -> list[tuple[int, int]]:
         """Where the assistant's turns of these places stand in the text of the whole row."""
         if not _MARKERS.search(self.template(row.tools)):
             return [self.span(row, text, place) for place in places]
-        _, marked = self._write(row.messages, row.tools, prompt=False, marked=True)
+        if not places:
+            return []
+        _, written = self._write(row.messages, row.tools, prompt=False, marked=True)
+        marked = [(start, end) for start, end in written if start < end]
         answers = row.answers()
-        if len(marked) != len(answers):
-            raise Refused(TEMPLATE_REWRITES, f"it marks {len(marked)} turns of {len(answers)}")
-        return [self._closed(text, *span) for place, span in zip(answers, marked, strict=True) if place in places]
+        if len(places) < len(answers):
+            if len(marked) != len(answers):
+                found = f"it marks {len(marked)} stretches for {len(answers)} turns, not all of which count"
+                raise Refused(TEMPLATE_REWRITES, found)
+            marked = [span for place, span in zip(answers, marked, strict=True) if place in places]
+        return [(start, end + self._left_out(text, start, end)) for start, end in marked]
 
-    def _closed(self, text: str, start: int, end: int) -> tuple[int, int]:
-        """A marked turn and the token that ends it, where the markers leave that out."""
-        if text[start:end].rstrip().endswith(self.closers):
-            return start, end
-        closer = max((token for token in self.closers if text.startswith(token, end)), key=len, default="")
-        return start, end + len(closer)
+    def _left_out(self, text: str, start: int, end: int) -> int:
+        """The length of the token that ends a marked turn, where the markers leave it out."""
+        return 0 if self.ended(text[start:end]) else len(self._closer(text[end : end + 100]))
 
     def span(self, row: Dialogue, text: str, place: int) -> tuple[int, int]:
         """The turn is what the text has beyond that of the turns before it, up to the token that ends it."""
@@ -197,19 +199,31 @@ class Writer:
             return len(given), end
         # The template writes no head for an answer, another than it then has (an opened <think>), or rewrites the turn when
         # others follow (takes its reasoning away). With one character in place of the turn, what is around it shows.
-        around = [*row.messages[:place], {"role": "assistant", "content": _PROBE}, *row.messages[place + 1 :]]
-        before, found, behind = self.render(around, row.tools).partition(_PROBE)
+        before, found, behind = self._around(row, place)
         if not (found and text.startswith(before) and text.endswith(behind) and len(before) + len(behind) < len(text)):
             number = row.answers().index(place) + 1
             way = "a template with {% generation %} markers in training.chat_template_path does"
             raise Refused(TEMPLATE_REWRITES, f"turn {number} of the assistant, with others around it; {way}")
-        headless = self.prompts or not before[len(given) :].strip()
-        start = len(given) if headless and before.startswith(given) else len(before)
+        start = len(given) if self.prompts and before.startswith(given) else len(before)
         if text.startswith(upto):
             return start, end
+        _, _, alone = self._around(replace(row, messages=row.messages[: place + 1]), place)
+        closed = self._closer(behind) if self._closer(alone) else ""  # a special token may also begin the next turn
+        return start, len(text) - len(behind) + len(closed)
+
+    def _around(self, row: Dialogue, place: int) -> tuple[str, str, str]:
+        """What is written before and behind a turn, and between them what stands in its place; empty where that is refused."""
+        probe = {"role": "assistant", "content": _PROBE}
+        try:
+            return self.render([*row.messages[:place], probe, *row.messages[place + 1 :]], row.tools).partition(_PROBE)
+        except Refused:  # an answer in place of a tool call, say
+            return "", "", ""
+
+    def _closer(self, behind: str) -> str:
+        """What ends a turn at the beginning of a text: blanks and a special token."""
         blank = len(behind) - len(behind.lstrip())
-        closer = max((t for t in self.closers if behind.startswith(t, blank) and trimmed.endswith(t)), key=len, default="")
-        return start, len(text) - len(behind) + (blank + len(closer) if closer else 0)
+        closer = max((token for token in self.closers if behind.startswith(token, blank)), key=len, default="")
+        return behind[: blank + len(closer)] if closer else ""
 
     def ended(self, text: str) -> bool:
         """Whether a special token ends the last turn of a text."""
@@ -217,6 +231,10 @@ class Writer:
 
     def tokens(self, text: str) -> Tokens:
         """The tokens of a text as it stands: what a chat template wrote has its special tokens already."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise Refused(BAD_BYTES, f"character {error.start + 1:,} is {text[error.start]!a}") from None
         found = self.tokenizer(
             text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
         )

@@ -173,7 +173,8 @@ def text_of(record: Mapping[str, Any], column: str) -> str:
 
 
 def _optional(record: Mapping[str, Any], column: str) -> str:
-    return text_of(record, column) if record.get(column) not in (None, "") else ""
+    value = record.get(column)
+    return "" if value is None or (isinstance(value, str) and not value.strip()) else text_of(record, column)
 
 
 def turns(value: Any, column: str) -> Iterator[tuple[Message, bool]]:
@@ -230,7 +231,7 @@ def _calls(value: Any, where: str) -> list[Message]:
     """Tool calls as chat templates expect them: arguments as an object, where OpenAI's interface has JSON text."""
     found = from_json(value, NOT_CALLS) or []
     calls = []
-    for item in [found] if isinstance(found, Mapping) else found:
+    for item in found if isinstance(found, Sequence) else [found]:
         call = item if isinstance(item, Mapping) else {}
         function = call.get("function", call)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):

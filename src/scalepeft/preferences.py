@@ -55,6 +55,8 @@ class Preferences:
         if isinstance(asks, str) and isinstance(answer, str):
             return self.writer.plain(asks, answer)
         writer, asks, answer = self.writer, _as_turns(asks, "user"), _as_turns(answer, "assistant")
+        if answer[0][0]["role"] != "assistant":
+            raise Refused(TWO_PROMPTS, "one is a whole conversation")
         if answer[-1][0]["role"] != "assistant":
             raise Refused(NO_ASSISTANT, "at the end of an answer")
         row = dialogue([*asks, *answer], record).opened(writer.system_prompt)
