@@ -110,6 +110,103 @@ def tiny_model(tiny_tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
+CHATML = (  # of Qwen, SmolLM2 and others, without a system prompt of its own
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory) -> Path:
+    """A Llama with random weights and a byte-level tokenizer that speaks ChatML."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text for pair in chat_rows(50, seed=0) for text in pair], trainer)
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML, model_max_length=256, **named)
+    fast.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def chat_rows(count: int, seed: int) -> list[tuple[str, str]]:
+    """Questions of very different lengths, and answers that repeat one of their words."""
+    draw = random.Random(seed)  # noqa: S311  # rows, no secrets
+    words = ["apple", "river", "stone", "cloud", "lamp", "window", "garden", "silver"]
+    rows = []
+    for _ in range(count):
+        asked = draw.choices(words, k=draw.choice((1, 2, 5, 20)))
+        rows.append(("which word is first: " + " ".join(asked), " ".join([asked[0]] * draw.choice((1, 2, 6)))))
+    return rows
+
+
+def write_chat(folder: Path, base: Path, run: str = "run", /, **changes: Any) -> Path:
+    """A recipe RUN.yaml in a folder, for its subfolder RUN: the tiny language model on 44 rows, evaluated on 12.
+
+    Changes as in `write_toy`; another task takes the rows of that task.
+    """
+    import json
+
+    task = changes.pop("task", "causal-lm")
+    for name, rows in (("train", chat_rows(44, seed=1)), ("test", chat_rows(12, seed=2))):
+        chats = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in rows]
+        pairs = [{"prompt": q, "chosen": f" {a}", "rejected": " no" + " idea" * (len(a) % 5)} for q, a in rows]
+        for kind, found in (("chat", chats), ("pairs", pairs)):
+            (folder / f"{kind}_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    kind = "chat" if task == "causal-lm" else "pairs"
+    recipe: dict[str, Any] = {
+        "task": task,
+        "model": {"name_or_path": str(base)},
+        "adapter": {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"},
+        "data": {
+            "train": {"path": str(folder / f"{kind}_train.jsonl")},
+            "evaluation": {"test": {"path": str(folder / f"{kind}_test.jsonl")}},
+        },
+        "training": {
+            "output_dir": str(folder / run),
+            "max_length": 128,
+            "learning_rate": 1e-2,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 8,
+            "logging_steps": 1,
+            "eval_on_start": True,
+            "save_strategy": "no",
+            "activation_checkpointing": False,
+            "bf16": False,
+            "use_cpu": True,
+        },
+    }
+    return _write_recipe(folder / f"{run}.yaml", recipe, changes)
+
+
 def toy_rows(count: int, seed: int) -> list[tuple[str, str]]:
     """Texts of 2 to 60 words, labelled by the one of good and bad that stands among them."""
     draw = random.Random(seed)  # noqa: S311  # rows, no secrets
@@ -136,8 +233,6 @@ def write_toy(folder: Path, base: Path, run: str = "run", /, **changes: Any) -> 
 
     A change of a section is laid over it; None takes a section or a key away; an adapter of another type replaces it.
     """
-    import yaml
-
     for name, rows in (("train", toy_rows(70, seed=1)), ("test", toy_rows(30, seed=2))):
         if not (folder / f"{name}.csv").exists():
             write_csv(folder / f"{name}.csv", rows)
@@ -163,13 +258,18 @@ def write_toy(folder: Path, base: Path, run: str = "run", /, **changes: Any) -> 
             "use_cpu": True,
         },
     }
+    return _write_recipe(folder / f"{run}.yaml", recipe, changes)
+
+
+def _write_recipe(file: Path, recipe: dict[str, Any], changes: dict[str, Any]) -> Path:
+    import yaml
+
     for name, change in changes.items():
         new = isinstance(change, dict) and bool({"peft_type", "name_or_path"} & set(change)) and name == "adapter"
         old = {} if new else recipe.get(name)
         recipe[name] = old | change if isinstance(old, dict) and isinstance(change, dict) else change
         if isinstance(recipe[name], dict):
             recipe[name] = {k: v for k, v in recipe[name].items() if v is not None}
-    file = folder / f"{run}.yaml"
     file.write_text(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}, sort_keys=False), encoding="utf-8")
     return file
 
@@ -199,6 +299,12 @@ def train_here(recipe: Path, *overrides: str, fresh: bool = False, verify: bool 
 def toy(tmp_path, tiny_model) -> Callable[..., Path]:
     """`write_toy` into this test's folder."""
     return partial(write_toy, tmp_path, tiny_model)
+
+
+@pytest.fixture
+def chat(tmp_path, tiny_lm) -> Callable[..., Path]:
+    """`write_chat` into this test's folder."""
+    return partial(write_chat, tmp_path, tiny_lm)
 
 
 @pytest.fixture

@@ -13,8 +13,10 @@ COMMANDS = {
     "check": ("scalepeft.recipe:main", "find every problem of recipes, each with its line"),
     "schema": ("scalepeft.schema:main", "print the JSON Schema of recipes or run directories"),
     "fetch": ("scalepeft.fetch:main", "bring the small models and data of the quickstart"),
+    "preview": ("scalepeft.preview:main", "show rows as the model will see them"),
     "evaluate": ("scalepeft.predict:evaluate_main", "measure a trained run on labelled rows"),
-    "predict": ("scalepeft.predict:main", "label rows with a trained run"),
+    "predict": ("scalepeft.predict:main", "label rows, or complete prompts, with a trained run"),
+    "chat": ("scalepeft.predict:chat_main", "talk with a trained language model"),
     "compare": ("scalepeft.compare:main", "show what differs between runs, in one table or page"),
     "sweep": ("scalepeft.sweep:main", "train a recipe with every combination of some values"),
 }

@@ -163,7 +163,15 @@ class Language:
                 f"the format {found} needs {', '.join(lacking)}, and the columns known by their names are {', '.join(columns)}"
             )
             raise part.wanted.fail("columns", f"{told}; say how it is called: {{{lacking[0]}: NAME}}")
+        for name, without in _NO_SUCH_PART.items():
+            if self.recipe.training.get(name) and found in without:
+                told = f"rows of the format {found} ({part.source.path}) have no such part; leave {name} out, or set it false"
+                raise self.recipe.error(f"training.{name}", told)
         return found
+
+
+_NO_SUCH_PART = {"assistant_only_loss": ("text",), "completion_only_loss": ("text", "messages", "conversations")}
+"""The formats whose rows have no part that an option would restrict the loss to."""
 
 
 def _wanted(recipe: Recipe, source: Source, fail: Fail) -> Wanted:

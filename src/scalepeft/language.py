@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, use_adapter
 
+from scalepeft import model as models
 from scalepeft.data import Corpus
 from scalepeft.errors import UserError
 from scalepeft.recipe import Recipe
@@ -42,7 +45,7 @@ class CausalLM:
         batch: dict[str, torch.Tensor] = self.collator(list(rows))
         return batch
 
-    def ready(self, model: Any) -> None:
+    def ready(self, model: Any, run: Run) -> None:  # noqa: ARG002  # of Preference
         """Give a loaded model the head that `measure` uses, as the trainers give it to theirs: it never holds all logits."""
         add_fused_lm_head(getattr(model, "get_base_model", lambda: model)(), outputs=("log_probs", "is_top1"))
 
@@ -90,16 +93,40 @@ class Preference(CausalLM):
         labels = torch.tensor([row.get("labels", 0) for row in rows])
         return {**self.collator(list(rows)), "labels": labels}
 
-    def measure(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Of each pair: -log sigmoid of the margin (DPO's loss), both rewards, and whether it counts (rows x 4).
+    def ready(self, model: Any, run: Run) -> None:
+        """The same, and the model it started from: its own base, with the adapter it continued from, or a second model."""
+        super().ready(model, run)
+        recipe, self.reference = run.recipe(), model
+        if recipe.adapter is None:
+            self.reference = models._load_base(recipe, [])[0].to(model.device).eval()  # noqa: SLF001
+            super().ready(self.reference, run)
+        elif "name_or_path" in recipe.adapter:
+            model.load_adapter(models.adapter_path(str(recipe.adapter["name_or_path"])), "ref")
 
-        A reward is beta times the log-ratio of the trained model to the reference, whose log-probabilities of the answers
-        are in the batch (ref_chosen_logps, ref_rejected_logps).
-        """
+    def refer(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch with the reference's log-probabilities of its answers, after `ready`."""
+        peft = isinstance(self.reference, PeftModel)
+        without = use_adapter(self.reference, "ref" if "ref" in self.reference.peft_config else None) if peft else nullcontext()
+        with without:
+            chosen, rejected = self._log_probs(self.reference, batch)
+        return {**batch, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    @staticmethod
+    def _log_probs(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         found = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
         chosen, rejected = found.log_probs.float().sum(-1).chunk(2)
+        return chosen, rejected
+
+    def measure(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Of each pair: -log sigmoid of the margin (DPO's loss), both rewards, and whether it counts (rows x 4).
+
+        A reward is beta times the log-ratio of the trained model to the reference, whose log-probabilities of the answers
+        are in the batch (ref_chosen_logps, ref_rejected_logps), or asked of it after `ready`.
+        """
+        batch = batch if "ref_chosen_logps" in batch else self.refer(batch)
+        chosen, rejected = self._log_probs(model, batch)
         rewards = [self.beta * (chosen - batch["ref_chosen_logps"]), self.beta * (rejected - batch["ref_rejected_logps"])]
         losses = -torch.nn.functional.logsigmoid(rewards[0] - rewards[1])
         return torch.stack([losses, *rewards, (batch["labels"] != IGNORED).float()], dim=-1)

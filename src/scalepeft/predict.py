@@ -1,18 +1,21 @@
-"""The trained model of a run at work: `scalepeft evaluate` and `scalepeft predict`."""
+"""The trained model of a run at work: `scalepeft evaluate`, `scalepeft predict` and `scalepeft chat`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalepeft import run as runs
-from scalepeft.console import quiet_upstream, say, table
+from scalepeft.console import note, quiet_upstream, say, table
 from scalepeft.errors import UserError
 from scalepeft.fetch import offline_if_unreachable
+from scalepeft.generate import Chat, Sampling, complete
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
 
@@ -59,16 +62,99 @@ def evaluate_main(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`scalepeft predict RUN --data FILE --output predictions.csv`."""
-    parser = argparse.ArgumentParser(prog="scalepeft predict", description="Label the rows of a file with a complete run.")
+    """`scalepeft predict RUN --data FILE --output FILE`: labels as csv, completions of a language model as JSON lines."""
+    parser = argparse.ArgumentParser(
+        prog="scalepeft predict", description="Label the rows of a file, or complete its prompts, with a complete run."
+    )
     parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("--data", type=Path, required=True, help="a file with the recipe's text columns")
-    parser.add_argument("--output", type=Path, required=True, help="the csv file to write; it must not exist")
+    parser.add_argument("--data", type=Path, required=True, help="a file with the recipe's text columns, or with prompts")
+    parser.add_argument("--output", type=Path, required=True, help="the .csv or .jsonl file to write; it must not exist")
+    language = parser.add_argument_group("of language models")
+    _add_sampling(language)
+    language.add_argument("--batch-size", type=int, help="prompts completed at a time (8)")
     options = parser.parse_args(arguments)
+    run = _complete(options.run)
+    generative = run.recipe().generative
+    suffix, what = (".jsonl", "completions are JSON lines") if generative else (".csv", "labels are csv")
+    if options.output.suffix != suffix:
+        raise UserError(f"{options.output}: {what}; give an --output that ends in {suffix}")
     _refuse_existing(options.output)
-    rows = predict(_complete(options.run), options.data, options.output)
+    given = _given(options, (*_SAMPLING, "batch_size"))
+    if generative:
+        size = given.pop("batch_size", 8)
+        if size < 1:
+            raise UserError(f"command line: --batch-size is {size}; it is at least 1")
+        rows = complete(run, options.data, options.output, Sampling(**given), batch_size=size)
+    elif given:
+        raise UserError(f"command line: {_option(next(iter(given)))} is for language models; {run.path} classifies")
+    else:
+        rows = predict(run, options.data, options.output)
     say(f"{options.output}: {rows:,} rows")
     return 0
+
+
+def chat_main(arguments: Sequence[str]) -> int:
+    """`scalepeft chat RUN`: a conversation in the terminal; from a pipe, one turn a line."""
+    parser = argparse.ArgumentParser(prog="scalepeft chat", description="Talk with a complete run of a language model.")
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("--system-prompt", help="what the model is told first; the recipe's data.system_prompt when absent")
+    _add_sampling(parser)
+    options = parser.parse_args(arguments)
+    run = _complete(options.run)
+    if not run.recipe().generative:
+        raise UserError(f"{run.path}: its model classifies and does not write; `scalepeft predict` labels rows with it")
+    chat = Chat(run, Sampling(**_given(options, _SAMPLING)), system_prompt=options.system_prompt)
+    if sys.stdin.isatty():
+        note("/reset begins anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer")
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # input() then edits lines and remembers them
+    for text in _turns():
+        if text == "/quit":
+            break
+        if text == "/reset":
+            chat.reset()
+        elif text.startswith("/") and text[1:].isalpha():
+            note(f"there is no {text}; there are /reset and /quit")
+        elif text:
+            chat.say(text)
+    return 0
+
+
+def _turns() -> Iterator[str]:
+    """What is typed, line by line, until Ctrl-D."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            yield input(prompt).strip()
+        except EOFError:
+            if prompt:
+                say()  # the shell's prompt begins a line
+            return
+        except KeyboardInterrupt:
+            note("")
+
+
+_SAMPLING = {
+    "max_new_tokens": "the longest answer in tokens (256)",
+    "temperature": "what logits are divided by before a token is drawn; 0, the default, takes the likeliest",
+    "top_p": "draw from the fewest tokens whose probabilities sum up to this (1)",
+    "seed": "the seed of the draws (42)",
+}
+"""The options of Sampling."""
+
+
+def _add_sampling(parser: argparse._ActionsContainer) -> None:
+    for name, what in _SAMPLING.items():
+        parser.add_argument(_option(name), type=type(getattr(Sampling, name)), help=what)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the options that the command line names."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def evaluate(run: Run, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
@@ -87,7 +173,7 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any
     if not corpus.evaluation:
         raise UserError(f"{run.path}: its recipe names no evaluation set; name one: data.evaluation.NAME.path=FILE")
     trained, found = model.load(run), {}
-    task.ready(trained)
+    task.ready(trained, run)
     for name, prepared in corpus.evaluation.items():
         measured: dict[int, NDArray[np.float32]] = {}
         for indices, batch in _batches(recipe, task, prepared):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from scalepeft.labels import UNLABELLED
+from scalepeft.run import Run
 
 IGNORED = UNLABELLED
 """The label of a row that counts neither in the loss nor in a metric (torch's ignore_index)."""
@@ -30,8 +31,8 @@ class Task(Protocol):
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows as tensors, padded to the longest, with labels that are IGNORED where nothing counts."""
 
-    def ready(self, model: Any) -> None:
-        """Prepare a loaded model for `measure`."""
+    def ready(self, model: Any, run: Run) -> None:
+        """Prepare the loaded model of a run for `measure`."""
 
     def measure(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The numbers that `metrics` needs of each row: all that an evaluation gathers, whatever classes or vocabulary."""
@@ -70,7 +71,7 @@ class SequenceClassification:
         """The rows themselves."""
         return {name: tensor for name, tensor in self.collate(rows).items() if name != "labels"}
 
-    def ready(self, model: Any) -> None:
+    def ready(self, model: Any, run: Run) -> None:
         """Nothing."""
 
     def measure(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -297,7 +297,7 @@ def _record_evaluation(run: Run, trainer: RecipeTraining) -> None:
     run.update(evaluation={name: {"before": before.get(name), "after": found} for name, found in after.items()})
     if after:
         main = next(iter(after))
-        figures = [f for f in after[main] if f not in ("per_class", "confusion")]
+        figures = report.figures(after[main])
         pair = {when: run.record["evaluation"][main][when] for when in ("before", "after")}
         run.update(metrics={when: {f: found[f] for f in figures} for when, found in pair.items() if found})
     report.curves(run)
