@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def sizes() -> dict[str, Any]:
-    """The bytes of the 4-bit base: of its quantised layers, with their scales, against the same layers in bf16, and of the rest."""
+    """The bytes of the 4-bit base: its quantised layers with their scales, the same layers in bf16, and the rest."""
     base = model.build(recipes.load(RECIPES["qlora"], ["adapter=null"]), [], total_steps=1)[0]
     quantised = in_bf16 = rest = 0
     unquantised: dict[str, int] = {}
