@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from scalepeft import recipe as recipes
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "recipes/README.md", "slurm/README.md"]
 TINY = "data.train.sample_rows=64 data.evaluation.test.sample_rows=32 training.max_steps=2"
+TINY_SFT = "data.train.sample_rows=8 data.evaluation.test.first_rows=4 training.max_steps=1"
 TINY_FILE = "training.max_steps=2"
 TWO_CPUS = ("multi_gpu.yaml --num_processes 8", "multi_cpu.yaml --num_processes 2")
 REPLACED = {".venv/bin/activate": f"{sys.prefix}/bin/activate"}
@@ -40,6 +42,7 @@ LIGHT = {
     "scalepeft schema > schema.json": "",
     "scalepeft schema --run > run_schema.json": "",
     "scalepeft fetch quickstart": "",
+    "scalepeft preview quickstart --set test": "",
 }
 """Commands of the documents that take a moment: what is appended to them; the make targets are run by .ci/run."""
 LONG = {
@@ -55,6 +58,9 @@ LONG = {
     "scalepeft evaluate runs/quickstart": "",
     "scalepeft evaluate runs/quickstart data.evaluation.mine.path=reviews.csv --output figures.json": "",
     "scalepeft predict runs/quickstart --data new.csv --output predictions.csv": "",
+    "scalepeft preview quickstart_sft -n 1": TINY_SFT,
+    "scalepeft predict runs/quickstart_sft --data questions.jsonl --output completions.jsonl --max-new-tokens 32": "",
+    'echo "Name three fruits." | scalepeft chat runs/quickstart_sft --max-new-tokens 32': "",
     "scalepeft compare runs/quickstart runs/slower --html comparison.html": "",
     "scalepeft sweep quickstart 'adapter.r=[4,8]' 'training.learning_rate=[1e-3,3e-4]'": TINY,
 }
@@ -128,6 +134,17 @@ def trained(newcomer) -> Path:
     return newcomer
 
 
+@pytest.fixture(scope="module")
+def talker(newcomer, smollm2) -> Path:  # noqa: ARG001  # the weights must be there
+    """The folder with a complete, tiny runs/quickstart_sft."""
+    rows = [
+        {"prompt": [{"role": "user", "content": text}]} for text in ("What is the capital of France?", "Name three fruits.")
+    ]
+    (newcomer / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    bash(f"scalepeft train quickstart_sft {TINY_SFT}", newcomer)
+    return newcomer
+
+
 def test_every_command_is_run_by_a_test():
     assert sorted({*LIGHT, *LONG}) == sorted(ALL_COMMANDS)
 
@@ -145,8 +162,9 @@ def test_light_commands_run(command, newcomer):
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", LONG)
-def test_long_commands_run(command, trained):
-    for name in ("figures.json", "predictions.csv"):
+def test_long_commands_run(command, request):
+    trained = request.getfixturevalue("talker" if "quickstart_sft" in command else "trained")
+    for name in ("figures.json", "predictions.csv", "completions.jsonl"):
         (trained / name).unlink(missing_ok=True)
     tiny = command.replace(*TWO_CPUS).replace("RECIPE", "recipes/quickstart.yaml")
     said = bash(f"{tiny} {LONG[command]}", trained)

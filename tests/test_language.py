@@ -66,6 +66,30 @@ def test_two_processes_change_no_number(layout, task):
     check_same_numbers(run, layout("1x16", task))
 
 
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+ZERO = """
+distributed_type: DEEPSPEED
+use_cpu: true
+num_processes: 2
+deepspeed_config:
+  {{zero_stage: {stage}, gradient_accumulation_steps: auto, zero3_init_flag: true, zero3_save_16bit_model: true}}
+"""
+
+
+@pytest.mark.long
+def test_qlora_gives_the_same_numbers_under_ddp_and_zero(chat, train, tmp_path):
+    training = {"learning_rate": 1e-3, "optim": "paged_adamw_32bit"}
+    alone = train(chat("alone", quantization=NF4, training={**training, **LAYOUTS["1x16"]}))
+    runs = [launched(chat("ddp", quantization=NF4, training={**training, **LAYOUTS["2x8"]}))]
+    for stage in (2, 3):
+        (tmp_path / f"zero{stage}.yaml").write_text(ZERO.format(stage=stage))
+        recipe = chat(f"run{stage}", quantization=NF4, training={**training, **LAYOUTS["2x8"]})
+        runs.append(launched(recipe, tmp_path / f"zero{stage}.yaml"))
+    assert [run.record["layout"]["engine"] for run in runs] == ["MULTI_CPU", "DEEPSPEED", "DEEPSPEED"]
+    for run in runs:
+        check_same_numbers(run, alone)
+
+
 @pytest.mark.parametrize("task", LANGUAGE)
 def test_evaluation_afterwards_finds_the_same(layout, task):
     run = layout("1x16", task)

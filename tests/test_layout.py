@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -44,15 +45,16 @@ def layout(toy, train):
     return run
 
 
-def launched(recipe: Path) -> Run:
+def launched(recipe: Path, configuration: Path = MULTI_CPU) -> Run:
     """Train a recipe on two processes as a user would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(MULTI_CPU), "--main_process_port", port]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(configuration), "--main_process_port", port]
     found = subprocess.run(
         [sys.executable, *launcher, "-m", "scalepeft.train", str(recipe)],
         cwd=recipe.parent,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         check=False,

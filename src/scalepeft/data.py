@@ -214,4 +214,4 @@ def _cut(recipe: Recipe, train: Prepared) -> tuple[Prepared, Prepared]:
     if train.copies:
         kept = np.flatnonzero(np.isin(train.origins, train.origins[kept]))  # with their copies
     rest = replace(train, rows=train.rows.select(np.sort(kept)))
-    return rest, replace(train, name="holdout", rows=train.rows.select(np.sort(held)), dropped={}, copies=0)
+    return rest, replace(train, name="holdout", rows=train.rows.select(np.sort(held)), dropped={}, truncated=0, copies=0)

@@ -70,6 +70,13 @@ class CausalLM:
         """The token ids of a row."""
         return list(row["input_ids"])
 
+    def sample(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """A row's prompt and the answer to it that the data give."""
+        labels = list(row["labels"])
+        start = next((place for place, label in enumerate(labels) if label != IGNORED), 0)
+        end = next((place for place in range(start, len(labels)) if labels[place] == IGNORED), len(labels))
+        return list(row["input_ids"])[:start], list(row["input_ids"])[start:end]
+
     def probe(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The beginnings of rows, all of the length of the shortest: what comes next depends on every one of their tokens."""
         beginnings = [self.tokens_of(row)[:PROBE_TOKENS] for row in rows[:PROBE_ROWS]]
@@ -150,6 +157,10 @@ class Preference(CausalLM):
     def tokens_of(self, row: Mapping[str, Any]) -> list[int]:
         """The prompt with the chosen answer."""
         return [*row["prompt_ids"], *row["chosen_ids"]]
+
+    def sample(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """A row's prompt and the chosen answer."""
+        return list(row["prompt_ids"]), list(row["chosen_ids"])
 
 
 class SupervisedTrainer(RecipeTraining, SFTTrainer):  # type: ignore[misc]

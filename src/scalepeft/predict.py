@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scalepeft import generate
 from scalepeft import run as runs
 from scalepeft.console import note, quiet_upstream, say, table
 from scalepeft.errors import UserError
 from scalepeft.fetch import offline_if_unreachable
-from scalepeft.generate import Chat, Sampling, complete
+from scalepeft.generate import Chat, Sampling
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
 
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
         size = given.pop("batch_size", 8)
         if size < 1:
             raise UserError(f"command line: --batch-size is {size}; it is at least 1")
-        rows = complete(run, options.data, options.output, Sampling(**given), batch_size=size)
+        rows = generate.complete(run, options.data, options.output, Sampling(**given), batch_size=size)
     elif given:
         raise UserError(f"command line: {_option(next(iter(given)))} is for language models; {run.path} classifies")
     else:

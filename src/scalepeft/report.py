@@ -48,6 +48,19 @@ def closing(record: Mapping[str, Any]) -> str:
     return "\n".join(blocks)
 
 
+def sample(record: Mapping[str, Any]) -> str:
+    """The sample question of a language model and its answers, each cut to a few lines; empty when there is none."""
+    found = record.get("sample") or {}
+    named = (("prompt", "asked"), ("base", "base"), ("trained", "trained"))
+    return table([(called, _beginning(found[key])) for key, called in named if key in found], right=False)
+
+
+def _beginning(text: str, longest: int = 160) -> str:
+    """A text on one line, its end left out when it is long, and what a terminal would take for a command."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= longest else f"{line[:longest]}..."
+
+
 def per_class(details: Mapping[str, Any]) -> str:
     """The per-class table and the confusion matrix of one evaluation."""
     rows: list[Sequence[str]] = [("class", "precision", "recall", "f1", "rows")]

@@ -43,6 +43,9 @@ class Task(Protocol):
     def details(self, measured: NDArray[np.floating], references: NDArray[Any]) -> dict[str, Any]:
         """What is recorded beside the figures."""
 
+    def sample(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """The tokens of a row's prompt, empty where it has none, and of the answer to it that the data give."""
+
     def probe(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The inputs to which a reloaded model must give the trained model's answers."""
 
@@ -66,6 +69,10 @@ class SequenceClassification:
         batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
         batch["labels"] = torch.tensor([row["labels"] for row in rows])
         return batch
+
+    def sample(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:  # noqa: ARG002  # of language models
+        """None: a class is no text."""
+        return [], []
 
     def probe(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The rows themselves."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft import upstream
-from scalepeft.console import quiet_upstream, say, speaks
+from scalepeft.console import note, quiet_upstream, say, speaks
 from scalepeft.errors import Interrupted, did_you_mean, one_line, program
 from scalepeft.fetch import asset_path, missing_inputs, offline_if_unreachable
 from scalepeft.recipe import Recipe
@@ -126,6 +126,8 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     for name in arguments.report_to:
         if name not in available:
             raise recipe.error("training.report_to", f"{name!r} is not installed; there are {', '.join(available) or 'none'}")
+    if "paged" in arguments.optim and arguments.device.type == "cpu":
+        note(f"training.optim: {arguments.optim} pages nothing on a CPU; it works as the same optimizer without paging")
     os.environ.setdefault("WANDB_DIR", str(run.path))  # beside the run's other files, not in the working directory
     # one process drives one device: upstream would start DataParallel, which multiplies the batch, and has no option against it
     arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001
@@ -213,13 +215,14 @@ def _start_panel(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraini
     processes = f"{layout['processes']} process{'es' if several else ''}"
     batch = f"{layout['per_device_train_batch_size']} x {layout['gradient_accumulation_steps']} accumulated x {processes}"
     per_epoch = steps_per_epoch(trainer.args, batches)
+    end_to_end = getattr(trainer, "padding_free", False)
     lines = {
         "model": f"{recipe.model.name_or_path} ({type(backbone).__name__}{'; new: ' if heads else ''}{', '.join(heads)})",
         "trains": f"{kind}: {counts['trainable']:,} of {counts['total']:,} parameters"
         f" ({counts['trainable'] / counts['total']:.4%})",
         "data": " · ".join(_rows(name, prepared) for name, prepared in corpus.sets.items()),
         "steps": f"{record['max_steps']:,} of {batches.global_batch} rows ({batch}); {per_epoch:,} an epoch",
-        "padding": f"{batches.padding_waste():.1%} of the tokens",
+        "padding": "none: rows lie end to end" if end_to_end else f"{batches.padding_waste():.1%} of the tokens",
         "layout": f"{processes}{engine} · {layout['device']} · {layout['precision']} · {threads}",
     }
     return report.panel(f"{recipe.name} -> {run.path}", lines)
@@ -325,7 +328,7 @@ def _save(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining) -> 
     if (run.path / name).exists():
         shutil.rmtree(run.path / name)
     beside.rename(run.path / name)
-    write_reference(run, reference, trainer)
+    write_reference(run, reference, trainer, trainer.task.sample(rows[0]))
 
 
 def _verify_in_place_of_this(run: Run) -> None:

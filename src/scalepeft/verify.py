@@ -17,11 +17,16 @@ from scalepeft.run import VERIFICATION, Run
 if TYPE_CHECKING:
     import torch
 
+    from scalepeft.model import Trained
     from scalepeft.trainer import RecipeTraining
 
 _TOLERANCE = {"torch.float32": 1e-4, "torch.float16": 1e-2, "torch.bfloat16": 5e-2}
 """Largest difference of logits by the base's dtype, relative to the largest logit (at least 1). On the device that trained,
 the same weights give the same bits; what is left is for kernels that choose other orders of summation."""
+
+
+SAMPLE_TOKENS = 48
+"""Tokens of the sample answer of a language model: enough to see its manner, and seconds on a CPU."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,13 +39,19 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def write_reference(run: Run, reference: dict[str, torch.Tensor], trainer: RecipeTraining) -> None:
-    """Keep the inputs and logits of a few rows, and the digest of each trained tensor as it was in memory when saved."""
+def write_reference(
+    run: Run, reference: dict[str, torch.Tensor], trainer: RecipeTraining, sample: tuple[list[int], list[int]]
+) -> None:
+    """Keep the inputs and logits of a few rows, and the digest of each trained tensor as it was in memory when saved.
+
+    `sample` is a prompt and its answer in tokens, for the question that the verification asks a language model.
+    """
     from safetensors.torch import save_file
 
     digests = {name: _digest(tensor) for name, tensor in trainer.saved.items()}
     beside = run.path / f"{VERIFICATION}.part"
-    save_file({k: v.contiguous() for k, v in reference.items()}, beside, metadata={"digests": json.dumps(digests)})
+    metadata = {"digests": json.dumps(digests), "sample": json.dumps(sample)}
+    save_file({k: v.contiguous() for k, v in reference.items()}, beside, metadata=metadata)
     beside.replace(run.path / VERIFICATION)
 
 
@@ -75,6 +86,8 @@ def _compare_logits(run: Run) -> dict[str, Any]:
     device = next(trained.parameters()).device
     inputs = {k: v.to(device) for k, v in reference.items()}
     logits = model.answers(trained, inputs, generative=run.recipe().generative)
+    if sample := _sample(run, trained):
+        run.update(sample=sample)
     dtype = str(trained.config.dtype)
     tolerance = _TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
     difference = (logits - expected).abs().max().item()
@@ -86,6 +99,26 @@ def _compare_logits(run: Run) -> dict[str, Any]:
         "dtype": dtype.removeprefix("torch."),
         "passed": difference <= tolerance,  # false for NaN, too
     }
+
+
+def _sample(run: Run, trained: Trained) -> dict[str, str] | None:
+    """A question of the evaluation rows, answered by the base without the adapter and by the trained model."""
+    from peft import PeftModel
+    from safetensors import safe_open
+    from transformers import AutoTokenizer
+
+    from scalepeft.generate import answer
+
+    with safe_open(run.path / VERIFICATION, framework="pt") as file:
+        prompt, expected = json.loads(file.metadata()["sample"])
+    if not prompt:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(run.weights)
+    found = {"prompt": tokenizer.decode(prompt), "expected": tokenizer.decode(expected, skip_special_tokens=True)}
+    if isinstance(trained, PeftModel):
+        with trained.disable_adapter():
+            found["base"] = answer(trained, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
+    return found | {"trained": answer(trained, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)}
 
 
 def _compare_tensors(run: Run) -> dict[str, Any]:
@@ -144,7 +177,7 @@ def _shown(found: dict[str, Any]) -> str:
 
 def _closing(run: Run) -> str:
     from scalepeft.console import table
-    from scalepeft.report import closing
+    from scalepeft.report import closing, sample
 
     record = run.record
     lines = [
@@ -156,7 +189,7 @@ def _closing(run: Run) -> str:
     if record.get("ranks"):
         before, after = (sum(found[when] for found in record["ranks"].values()) for when in ("initial", "final"))
         lines.insert(1, ("ranks", f"{before} -> {after} over {len(record['ranks'])} modules; run.json has each"))
-    return "\n\n".join(part for part in (closing(record), table(lines, right=False)) if part)
+    return "\n\n".join(part for part in (closing(record), sample(record), table(lines, right=False)) if part)
 
 
 if __name__ == "__main__":
