@@ -24,16 +24,22 @@ from scalepeft.recipe import Recipe
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES, RESULTS = ROOT / "recipes", ROOT / "benchmarks" / "results"
 PAGE = RECIPES / "README.md"
-EXPERIMENTS = RESULTS / "experiments.json"
+EXPERIMENTS, LANGUAGE = RESULTS / "experiments.json", RESULTS / "language.json"
 FIGURES = {
     "accuracy": "accuracy",
     "f1_macro": "macro F1",
     "matthews_correlation": "Matthews' correlation",
     "pearson": "Pearson's correlation",
+    "perplexity": "perplexity",
+    "rewards_accuracies": "reward accuracy",
+    "loss": "loss",
 }
-"""What is recorded of an evaluation, and how it is called on the page."""
+"""What is recorded of an evaluation, and how it is called on the page, which shows the first two that there are."""
 ARROW = "\N{RIGHTWARDS ARROW}"
-PACKAGES = ("scalepeft", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy", "scikit-learn")
+PACKAGES = (
+    "scalepeft", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "tokenizers", "numpy",
+    "scikit-learn",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -113,7 +119,7 @@ Documented figures are those of the document or paper that a recipe reproduces, 
 recipe says what was not documented and is chosen here. Measured figures are those of `run.json` after one run, on rows that
 were not trained on, before the first step and after the last. Times are for orientation: other programs may have used the
 cores, too.
-{experiments}
+{experiments}{language}
 ## Versions
 
 {versions}
@@ -130,18 +136,28 @@ is the best of five on validation rows.
 {table}
 """
 
+LANGUAGE_PROSE = """
+## Language models on a CPU
+
+The same rows of instructions, or of preferences, with a small chat model: measured by [language.py](../benchmarks/language.py).
+Losses are of held-out rows; the spread is the standard deviation over the seeds.
+
+{table}
+"""
+
 
 def page() -> str:
     """The text of recipes/README.md."""
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
-    experiments = results.pop(EXPERIMENTS.stem, {})
+    experiments, language = (results.pop(path.stem, {}) for path in (EXPERIMENTS, LANGUAGE))
     measured = {found["recipe"]: found for found in results.values()}
     table = [row(name, path, measured.get(relative(path))) for name, path in recipes.shipped_recipes().items()]
     heads = ("recipe", "base model", "data", "parameters trained", "documented or reference", "measured")
     return PROSE.format(
         recipes=rows(heads, table),
         experiments=section(experiments) if experiments else "",
-        versions="\n".join(versions({**results, **experiments})),
+        language=language_section(language) if language else "",
+        versions="\n".join(versions({**results, **experiments, **language.get("runs", {})})),
     )
 
 
@@ -208,12 +224,15 @@ def documented(head: str) -> str:
 
 def result(found: dict[str, Any]) -> str:
     """The recorded figures, rows and time of a run."""
-    told = []
-    for name, value in found["after"].items():
-        before = f"{found['before'][name]:.4f} {ARROW} " if "before" in found else ""
-        told.append(f"{FIGURES[name]} {before}{value:.4f}")
+    told = ", ".join([change(found, figure) for figure in found["after"]][:2])
     rows_of = f"{found['rows'][found['set']]:,} rows of {found['set']}"
-    return f"{', '.join(told[:2])} on {rows_of}; {found['seconds']:.0f} s, {machine(found)}"
+    return f"{told} on {rows_of}; {found['seconds']:.0f} s, {machine(found)}"
+
+
+def change(found: dict[str, Any], figure: str) -> str:
+    """A figure before, where that was measured, and after training."""
+    before = f"{found['before'][figure]:.4f} {ARROW} " if "before" in found else ""
+    return f"{FIGURES[figure]} {before}{found['after'][figure]:.4f}"
 
 
 def machine(found: dict[str, Any]) -> str:
@@ -243,6 +262,27 @@ def section(experiments: dict[str, dict[str, Any]]) -> str:
     ]
     models = sorted({f"`{of['model']}`" for of in experiments.values()})
     return EXPERIMENTS_PROSE.format(models=", ".join(models), table=rows(heads, table))
+
+
+def language_section(found: dict[str, Any]) -> str:
+    """LoRA and its kin, and DPO, on a small chat model, over seeds."""
+    heads = ("experiment", "parameters trained", "seeds", "loss", "spread", "other figures of the first seed", "training time")
+    table = []
+    for name, of in found["summary"].items():
+        first = found["runs"][f"{name}-{of['seeds'][0]}"]
+        others = [figure for figure in first["after"] if figure != "loss"]
+        table.append(
+            (
+                f"[{name}](../{first['recipe']})",
+                shares(**first["parameters"]),
+                f"{len(of['seeds'])}",
+                f"{of['loss_before']:.4f} {ARROW} **{of['mean']:.4f}**",
+                "-" if of["spread"] is None else f"{of['spread']:.4f}",
+                ", ".join(change(first, figure) for figure in others),
+                f"{of['seconds']:.0f} s, {machine(first)}",
+            )
+        )
+    return LANGUAGE_PROSE.format(table=rows(heads, table))
 
 
 def versions(results: dict[str, dict[str, Any]]) -> list[str]:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig, RobertaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DistilBertConfig,
+    Qwen2Config,
+    Qwen3Config,
+    RobertaConfig,
+)
 
 from scalepeft import console, model, recipe, sampler
 
@@ -30,6 +40,29 @@ ROBERTA_LARGE = RobertaConfig(vocab_size=50265, max_position_embeddings=514, typ
 BERT_LARGE = BertConfig(vocab_size=30522, **LARGE)
 
 
+def decoder(kind, hidden, layers, heads, intermediate, **more):
+    """A language model's configuration as it was published; `heads` are those of queries, and of keys and values."""
+    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": intermediate}
+    attention = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    return kind(tie_word_embeddings=False, **shape, **attention, **more)
+
+
+QWEN_7B = decoder(Qwen2Config, 3584, 28, (28, 4), 18944, vocab_size=152_064)
+QWEN_72B = decoder(Qwen2Config, 8192, 80, (64, 8), 29568, vocab_size=152_064)
+QWEN3_8B = decoder(Qwen3Config, 4096, 36, (32, 8), 12288, vocab_size=151_936, head_dim=128)
+
+TOLD = {
+    "mnli_qlora": (ROBERTA_LARGE, 3),
+    "mnli_qlora_llm": (QWEN3_8B, 3),
+    "sft_lora": (QWEN_7B, 0),
+    "sft_qlora": (QWEN_7B, 0),
+    "sft_dora": (QWEN_7B, 0),
+    "sft_qlora_70b": (QWEN_72B, 0),
+    "dpo_lora": (QWEN_7B, 0),
+}
+"""The recipes that tell their own counts, which no document does."""
+
+
 def head(hidden: int, labels: int, *, dense: bool) -> int:
     """Parameters of a classification head, of one layer or with a dense one before it."""
     return labels * (hidden + 1) + (hidden * (hidden + 1) if dense else 0)
@@ -40,12 +73,17 @@ OTHERS = {
     "mnli_roberta_base_lora": (ROBERTA, 3, 12 * 2 * 8 * 2 * 768 + head(768, 3, dense=True)),
     "mnli_roberta_large_lora": (ROBERTA_LARGE, 3, 24 * 2 * 8 * 2 * 1024 + head(1024, 3, dense=True)),
     "mnli_bert_large_lora": (BERT_LARGE, 3, 24 * 2 * 8 * 2 * 1024 + head(1024, 3, dense=False)),
+    "sft_neftune": (
+        QWEN_7B,
+        0,
+        28 * 16 * sum((7168, 4096, 4096, 7168, 22528, 22528, 22528)),
+    ),  # inputs + outputs of its modules
     **{f"glue/{n}": (ROBERTA, 2, 12 * 2 * 8 * 2 * 768 + head(768, 2, dense=True)) for n in ("sst2", "cola", "qnli", "qqp")},
 }
 """The recipes without documented counts: what layers, ranks and the head come to."""
 
-ELSEWHERE = {"quickstart", "glue/mrpc", "glue/rte", "glue/stsb"}
-"""Trained in other tests: the first on its own weights, the others from the adapter of another recipe."""
+ELSEWHERE = {"quickstart", "quickstart_sft", "glue/mrpc", "glue/rte", "glue/stsb"}
+"""Trained in other tests: the quickstarts on their own weights, the others from the adapter of another recipe."""
 
 STEPS = {
     "mnli_lora": (50_000, 75_000),
@@ -56,30 +94,38 @@ STEPS = {
 """Training rows, and the optimizer steps they make on one process."""
 
 
+def counts(name, config, labels):
+    """The parameters of a recipe's model, built without storage."""
+    console.quiet_upstream()
+    read = recipe.load(name)
+    if labels:
+        config.num_labels = labels
+    with torch.device("meta"):
+        base = (AutoModelForCausalLM if read.generative else AutoModelForSequenceClassification).from_config(config)
+        return model.parameters(model.adapted(read, base, total_steps=75_000))
+
+
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_trainable_and_total_parameters_are_the_documented_ones(name):
-    console.quiet_upstream()
     config, labels, trainable, total = DOCUMENTED[name]
-    config.num_labels = labels
-    with torch.device("meta"):
-        base = AutoModelForSequenceClassification.from_config(config)
-        built = model.adapted(recipe.load(name), base, total_steps=75_000)
-    assert model.parameters(built) == {"trainable": trainable, "total": total}
+    assert counts(name, config, labels) == {"trainable": trainable, "total": total}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_recipe_tells_the_parameters_that_it_trains(name):
+    found = counts(name, *TOLD[name])
+    text = re.sub(r"\n# ", " ", recipe.shipped_recipes()[name].read_text(encoding="utf-8"))
+    assert f" {found['trainable']:,} of {found['total']:,} parameters are trained." in text
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_trainable_parameters_are_those_of_layers_ranks_and_head(name):
-    console.quiet_upstream()
     config, labels, trainable = OTHERS[name]
-    config.num_labels = labels
-    with torch.device("meta"):
-        base = AutoModelForSequenceClassification.from_config(config)
-        built = model.adapted(recipe.load(name), base, total_steps=75_000)
-    assert model.parameters(built)["trainable"] == trainable
+    assert counts(name, config, labels)["trainable"] == trainable
 
 
 def test_every_recipe_is_held_to_its_parameters():
-    assert {*DOCUMENTED, *OTHERS, *ELSEWHERE} == set(recipe.shipped_recipes())
+    assert {*DOCUMENTED, *TOLD, *OTHERS, *ELSEWHERE} == set(recipe.shipped_recipes())
 
 
 @pytest.mark.parametrize("name", STEPS)

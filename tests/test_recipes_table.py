@@ -79,13 +79,36 @@ def test_a_recorded_run_stands_in_the_table(script, quickstart, tmp_path, monkey
     assert "| not yet |\n" in script.page()
     script.record(quickstart)
     kept = json.loads((tmp_path / "results" / "quickstart.json").read_text())
-    assert (kept["before"], kept["after"]) == ({"accuracy": 0.5}, {"accuracy": 0.75})
+    assert (kept["before"], kept["after"]) == ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.75, "loss": 0.5})
     page = script.page()
     assert (
-        "| 25 (2.50%) | - | accuracy 0.5000 \N{RIGHTWARDS ARROW} 0.7500 on 2,000 rows of test; 61 s, 2 threads of a CPU |"
-        in page
+        "| 25 (2.50%) | - | accuracy 0.5000 \N{RIGHTWARDS ARROW} 0.7500, loss 1.0000 \N{RIGHTWARDS ARROW} 0.5000"
+        " on 2,000 rows of test; 61 s, 2 threads of a CPU |" in page
     )
     assert "- quickstart: 2026-01-02, commit 0123456789 with changes, python 3.11.7, torch 2.13.0." in page
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ({"accuracy": 0.5, "f1_macro": 0.4, "loss": 1.0}, "accuracy 0.5000, macro F1 0.4000"),
+        ({"perplexity": 6.5, "mean_token_accuracy": 0.55, "loss": 1.87}, "perplexity 6.5000, loss 1.8700"),
+        ({"rewards_accuracies": 0.7, "rewards_margins": 0.2, "loss": 0.6}, "reward accuracy 0.7000, loss 0.6000"),
+    ],
+)
+def test_each_task_is_told_by_its_own_figures(script, found, told):
+    run = {"set": "test", "rows": {"test": 9}, "seconds": 1.0, "threads": 2, "processes": 1, "device": "cpu"}
+    assert script.result({**run, "after": script.figures(found)}) == f"{told} on 9 rows of test; 1 s, 2 threads of a CPU"
+
+
+def test_the_language_experiments_have_a_table(script):
+    run = {"recipe": "benchmarks/language/lora.yaml", "parameters": {"trainable": 25, "total": 1000}}
+    run |= {"before": {"perplexity": 7.0, "loss": 1.9}, "after": {"perplexity": 6.0, "loss": 1.8}}
+    run |= {"threads": 2, "processes": 1, "device": "cpu"}
+    summary = {"seeds": [0, 1], "loss_before": 1.9, "loss_after": [1.8, 1.7], "mean": 1.75, "spread": 0.07, "seconds": 90.0}
+    text = script.language_section({"runs": {"lora-0": run}, "summary": {"lora": summary}})
+    cells = "25 (2.50%) | 2 | 1.9000 -> **1.7500** | 0.0700 | perplexity 7.0000 -> 6.0000 | 90 s, 2 threads of a CPU |"
+    assert "| [lora](../benchmarks/language/lora.yaml) | " + cells.replace("->", script.ARROW) in text
 
 
 @pytest.mark.parametrize("change", [{"status": "interrupted"}, {"name": "unheard_of"}])
