@@ -207,9 +207,10 @@ PROSE = """\
 # Adapters
 
 `adapter.peft_type` is any type of peft by its own name, and beside it stand peft's own options for it. Each was trained here
-for four steps on a small encoder ({encoder}) and a small decoder ({decoder}), saved, reloaded and
-found to answer as the trained model did; what the decoder learned was then continued from (`adapter.name_or_path`). What cannot
-be served is refused before anything is made, with the line in the last column. Measured with {versions}.
+for four steps on a small encoder ({encoder}) and a small decoder ({decoder}),
+saved, reloaded and found to answer as the trained model did; what the decoder learned was then continued from
+(`adapter.name_or_path`). What cannot be served is refused before anything is made, with the line in the last column.
+Measured with {versions}.
 
 The trained parameters are those of the two small models, the encoder's with its new head of {head}, and say only how types
 compare. `r: 4` and the other sizes are for models of this size, too: peft's defaults are for larger ones.
@@ -230,7 +231,7 @@ rows. LoftQ makes up for what a 4-bit base (`quantization.load_in_4bit: true`) h
 
 `model.added_tokens` makes the embedding longer, and LORA trains and keeps the rows of the new tokens
 (`trainable_token_indices`), in the embedding and in the head, whether these share their rows or not. With another type, name
-the embedding in `modules_to_save`. Continuing from such an adapter takes its tokenizer, too.
+both in `modules_to_save`. Continuing from such an adapter takes its tokenizer, too.
 """
 
 

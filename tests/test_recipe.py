@@ -181,7 +181,10 @@ def test_several_sources_are_values_too(written):
         ("adapter.peft_type=lora", "adapter: peft has no type 'lora'; did you mean 'LORA'"),
         ("adapter.peft_type=PREFIX", "adapter: peft has no type 'PREFIX'; it is one of ADALORA, "),
         ("adapter={r: 8}", "adapter: needs peft_type (LORA, IA3, ...), or name_or_path to continue from one"),
-        ("adapter={peft_type: PROMPT_TUNING, prompt_tuning_init: text}", "adapter.prompt_tuning_init has no value 'text'"),
+        (
+            "adapter={peft_type: PROMPT_TUNING, num_virtual_tokens: 4, prompt_tuning_init: text}",
+            "adapter.prompt_tuning_init has no value 'text'",
+        ),
     ],
 )
 def test_a_wrong_value_is_told_with_what_fits(override, told, problems):

@@ -31,7 +31,7 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]
 
 def allocates_ranks(model: Any) -> bool:
     """Whether a model's adapter has a budget of ranks."""
-    return hasattr(getattr(model, "base_model", None), "update_and_allocate")
+    return hasattr(getattr(model, "base_model", None), "rankallocator")
 
 
 def orthogonality(model: Any) -> torch.Tensor:

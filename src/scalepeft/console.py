@@ -47,8 +47,23 @@ def quiet_upstream() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "Failed to load CPU gemm_4bit_forward": a slower kernel serves
     # DDP's remark that no parameter was unused: upstream lets it look for some, since an adapter may leave some
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # train says it in a line of its own
+    # TRL means to drop the option; until then it does what it says
+    warnings.filterwarnings("ignore", message=r"`use_liger_kernel=True` is deprecated", category=FutureWarning)
+    # transformers 5.23 renames it; TRL's configurations still set it by the old name
+    warnings.filterwarnings("ignore", message=r"`gradient_checkpointing\w*` is deprecated", category=FutureWarning)
     # peft 0.21 reads a name that transformers 5.23 renamed, DeepSpeed 0.19 calls functions that torch 2.13 renamed
     warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     # peft takes AdaLoRA's own rank pattern, by its tensors' names, for LoRA's, by modules' names
     warnings.filterwarnings("ignore", message=r"The following rank_pattern keys .*\.lora_E'", category=RuntimeWarning)
+    # of initialisations: that EVA could be made with less memory, and that peft would not convert what adapters.save does
+    warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage=False")
+    warnings.filterwarnings("ignore", message="Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern")
+    warnings.filterwarnings("ignore", message=r"Adapter .* have invalid shape: .*lora_B\.bias")  # a bias has one dimension
+    # of peft's types: BOFT's kernel for GPUs, LN_TUNING's layers, which are the ones it is for, a bias that BEFT adds
+    warnings.filterwarnings("ignore", message="Failed to load the CUDA extension")
+    warnings.filterwarnings("ignore", message="Setting boft_n_butterfly_factor to 1")
+    warnings.filterwarnings("ignore", message="Unsupported layer type .* encountered, proceed at your own risk")
+    warnings.filterwarnings("ignore", message="Detected that the base layer has no bias term")
+    warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")

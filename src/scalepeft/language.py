@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from scalepeft import model as models
+from scalepeft.adapters import copy_reference
 from scalepeft.data import Corpus
 from scalepeft.errors import UserError
 from scalepeft.recipe import Recipe
@@ -228,6 +229,7 @@ class PreferenceTrainer(RecipeTraining, DPOTrainer):  # type: ignore[misc]
                 eval_dataset={name: prepared.rows for name, prepared in corpus.evaluation.items()} or None,
                 compute_metrics=self._compute_metrics,
             )
+        copy_reference(self.model)
         self.adopt(recipe, task, run, corpus)
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:

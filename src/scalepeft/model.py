@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from huggingface_hub import snapshot_download
-from peft import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PeftModel,
-    TaskType,
-    get_peft_model,
-    get_peft_model_state_dict,
-    load_peft_weights,
-)
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -31,14 +21,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils import logging as upstream_logging
 
-from scalepeft.errors import RunFailed, UserError, did_you_mean, one_line
+from scalepeft import adapters
+from scalepeft.errors import RunFailed, did_you_mean, one_line
 from scalepeft.fetch import asset_path
+from scalepeft.initialisations import Examples
 from scalepeft.recipe import Recipe
-from scalepeft.run import RECORD, Run
+from scalepeft.refusals import upstream_errors
+from scalepeft.run import Run
 
 Trained: TypeAlias = PreTrainedModel | PeftModel
+adapter_path = adapters.adapter_path
 
 if not sys.stderr.isatty():
     upstream_logging.disable_progress_bar()  # of loading weights: a bar in a log file is noise
@@ -47,11 +42,11 @@ if not torch.accelerator.is_available():
 
 
 _AUTO = {
-    "sequence-classification": (AutoModelForSequenceClassification, TaskType.SEQ_CLS),
-    "causal-lm": (AutoModelForCausalLM, TaskType.CAUSAL_LM),
-    "preference": (AutoModelForCausalLM, TaskType.CAUSAL_LM),
+    "sequence-classification": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "preference": AutoModelForCausalLM,
 }
-"""The class that loads a task's model, and what peft calls the task."""
+"""The class that loads a task's model."""
 
 
 def tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -59,7 +54,7 @@ def tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     Raises UserError when it cannot be loaded, or has neither a padding token nor EOS.
     """
-    with _upstream_errors(recipe, "model.name_or_path"):
+    with upstream_errors(recipe, "model.name_or_path"):
         found = AutoTokenizer.from_pretrained(*(_tokenizer_of_adapter(recipe) or _base(recipe)), **_source(recipe))
     if recipe.model.added_tokens:
         found.add_tokens(list(recipe.model.added_tokens), special_tokens=True)
@@ -95,7 +90,7 @@ def _chat_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
             raise recipe.error("training.chat_template_path", f"{path} cannot be read: {one_line(error)}") from None
     if path.suffix in (".jinja", ".j2"):
         raise recipe.error("training.chat_template_path", f"{path} does not exist")
-    with _upstream_errors(recipe, "training.chat_template_path"):
+    with upstream_errors(recipe, "training.chat_template_path"):
         other = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else named)
     if not other.chat_template:
         raise recipe.error("training.chat_template_path", f"the tokenizer of {named} has no chat template")
@@ -118,66 +113,40 @@ def longest_input(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def build(
-    recipe: Recipe, labels: Sequence[str], *, total_steps: int, vocabulary: int = 0, checkpointing: bool = False
+    recipe: Recipe,
+    labels: Sequence[str],
+    *,
+    total_steps: int,
+    vocabulary: int = 0,
+    checkpointing: bool = False,
+    examples: Examples | None = None,
 ) -> tuple[Trained, list[str]]:
     """The model to train and the names of those of its parameters that the checkpoint does not have (the new head).
 
     `vocabulary` is the tokenizer's size: the embedding grows to it where tokens were added. `total_steps` is the length of the
     run in optimizer steps, which AdaLoRA's schedule needs to know. `checkpointing` says that activations are recomputed.
+    `examples` gives training batches to an initialisation that looks at them.
 
     Raises UserError for what the recipe got wrong: an unreachable base, a checkpoint without the backbone's weights, a
     configuration key that the model does not have, target modules that match nothing.
     """
     base, new = _load_base(recipe, labels, vocabulary)
-    if checkpointing and recipe.adapter is not None:
+    if recipe.adapter is None:
+        return base, new
+    if checkpointing:
         base.enable_input_require_grads()  # a checkpointed block whose input needs no gradient gives its parameters none
-    if recipe.adapter is not None and "name_or_path" in recipe.adapter:
-        return _continued(recipe, base, new)
-    return adapted(recipe, base, total_steps=total_steps), new
+    added = tokenizer(recipe).convert_tokens_to_ids(list(recipe.model.added_tokens)) if recipe.model.added_tokens else []
+    if "name_or_path" in recipe.adapter:
+        model, new = adapters.continued(recipe, base, new, added)
+    else:
+        model = adapters.new(recipe, base, total_steps=total_steps, unknown=new, added=added, examples=examples)
+    adapters.check_saved(recipe, model, new)
+    return model, new
 
 
 def adapted(recipe: Recipe, base: PreTrainedModel, *, total_steps: int) -> Trained:
     """The base with a new adapter as the recipe describes it, or as it is when the recipe has none."""
-    options = recipe.adapter
-    if options is None:
-        return base
-    given = {"task_type": _AUTO[recipe.task][1], **{k: v for k, v in options.items() if k != "peft_type"}}
-    if options["peft_type"] == "ADALORA":
-        given.setdefault("total_step", total_steps)
-    with _upstream_errors(recipe, "adapter"):
-        model = get_peft_model(base, PEFT_TYPE_TO_CONFIG_MAPPING[options["peft_type"]](**given))
-    model.peft_config["default"].revision = recipe.model.revision
-    return model
-
-
-def _continued(recipe: Recipe, base: PreTrainedModel, new: list[str]) -> tuple[PeftModel, list[str]]:
-    """The base with an existing adapter to train on. Its head is new when it was trained on another number of labels."""
-    options: Mapping[str, Any] = recipe.adapter or {}
-    source = {"revision": options["revision"]} if options.get("revision") else {}
-    with _upstream_errors(recipe, "adapter.name_or_path"):
-        path = adapter_path(str(options["name_or_path"]))
-        weights = ["*.safetensors"] if recipe.model.use_safetensors else ["*.safetensors", "*.bin"]
-        if not Path(path).is_dir():
-            path = snapshot_download(path, allow_patterns=["adapter_config.json", *weights], **source)
-        if not Path(path, "adapter_config.json").is_file():
-            raise recipe.error("adapter.name_or_path", f"{path} holds no adapter (no adapter_config.json)")
-        if recipe.model.use_safetensors and not Path(path, "adapter_model.safetensors").is_file():
-            told = f"{path} holds no adapter_model.safetensors; model.use_safetensors: false also admits pickled weights"
-            raise recipe.error("adapter.name_or_path", told)
-        saved = load_peft_weights(path, device="cpu")
-        with warnings.catch_warnings():  # peft warns of what is checked below
-            warnings.filterwarnings("ignore", message="Some weights of PeftModel")
-            model = PeftModel.from_pretrained(base, path, is_trainable=True, ignore_mismatched_sizes=True)
-    built = get_peft_model_state_dict(model)
-    unused = [name for name in saved if name not in built]
-    differing = [name for name in saved if name in built and saved[name].shape != built[name].shape]
-    heads = tuple(f".{name}." for name in model.peft_config["default"].modules_to_save or ())
-    foreign = unused + [name for name in differing if not any(head in name for head in heads)]
-    if foreign:
-        told = f"{len(foreign)} of its {len(saved)} tensors do not fit {recipe.model.name_or_path} ({foreign[0]}, ...)"
-        raise recipe.error("adapter.name_or_path", told)
-    head_was_saved = any(head in name for name in saved for head in heads)
-    return model, differing if head_was_saved else new
+    return base if recipe.adapter is None else adapters.new(recipe, base, total_steps=total_steps)
 
 
 def load(run: Run) -> Trained:
@@ -186,15 +155,15 @@ def load(run: Run) -> Trained:
     Raises RunFailed when the run's weights are missing or damaged.
     """
     recipe, weights = run.recipe(), str(run.weights)
-    vocabulary = len(AutoTokenizer.from_pretrained(weights)) if recipe.model.added_tokens else 0
+    vocabulary = len(AutoTokenizer.from_pretrained(weights)) if _grows(recipe) else 0
     base = None if recipe.adapter is None else _load_base(recipe, run.record["labels"], vocabulary)[0]
     try:
         if base is None:
-            model = _AUTO[recipe.task][0].from_pretrained(
+            model = _AUTO[recipe.task].from_pretrained(
                 weights, dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code
             )
         else:
-            model = PeftModel.from_pretrained(base, weights)
+            model = adapters.attached(base, weights)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise RunFailed(f"{weights} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
     if recipe.quantization is None:
@@ -222,12 +191,6 @@ def answers(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], *, gener
     return (logits[:, -1] if generative else logits).float().cpu()
 
 
-def adapter_path(name_or_path: str) -> str:
-    """An adapter's folder or Hub id; a run directory stands for the adapter in it."""
-    run = Path(name_or_path)
-    return str(run / "adapter") if (run / RECORD).is_file() else name_or_path
-
-
 def parameters(model: Trained) -> dict[str, int]:
     """Trainable and total parameters, counted as peft does: packed 4-bit weights and sharded ones by their real size."""
     trainable = total = 0
@@ -247,11 +210,11 @@ def _load_base(recipe: Recipe, labels: Sequence[str], vocabulary: int = 0) -> tu
         options["attn_implementation"] = recipe.model.attn_implementation
     if recipe.quantization is not None:
         options["quantization_config"] = _quantization(recipe, config)
-    with _upstream_errors(recipe, "model.name_or_path"):
-        model, loading = _AUTO[recipe.task][0].from_pretrained(
+    with upstream_errors(recipe, "model.name_or_path"):
+        model, loading = _AUTO[recipe.task].from_pretrained(
             *_base(recipe), config=config, output_loading_info=True, **options, **_source(recipe)
         )
-    if recipe.model.added_tokens and vocabulary > model.get_input_embeddings().num_embeddings:
+    if _grows(recipe) and vocabulary > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(vocabulary)
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights at their first evaluation on a CPU with AVX512-BF16: training then crashes or goes
@@ -269,8 +232,13 @@ def _load_base(recipe: Recipe, labels: Sequence[str], vocabulary: int = 0) -> tu
     return model, new
 
 
+def _grows(recipe: Recipe) -> bool:
+    """Whether the tokenizer may be longer than the base's embedding: by added tokens, now or in the run that is continued."""
+    return bool(recipe.model.added_tokens) or "name_or_path" in (recipe.adapter or {})
+
+
 def _config(recipe: Recipe, labels: Sequence[str] | None) -> Any:
-    with _upstream_errors(recipe, "model.name_or_path"):
+    with upstream_errors(recipe, "model.name_or_path"):
         config = AutoConfig.from_pretrained(*_base(recipe), **_source(recipe))
     for key, value in recipe.model.config.items():
         if not hasattr(config, key):
@@ -296,10 +264,14 @@ def _quantization(recipe: Recipe, config: Any) -> BitsAndBytesConfig:
         raise recipe.error(
             "quantization", f"{recipe.model.name_or_path} is quantised already ({method}); leave the section out"
         )
+    auto = _AUTO[recipe.task]
     with torch.device("meta"):
-        skeleton = _AUTO[recipe.task][0].from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+        if type(config) in auto._model_mapping:  # noqa: SLF001  # from_config would shard it under ZeRO-3, and fail
+            skeleton = _get_model_class(config, auto._model_mapping)(config)  # noqa: SLF001
+        else:
+            skeleton = auto.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
     heads = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
-    with _upstream_errors(recipe, "quantization"):
+    with upstream_errors(recipe, "quantization"):
         return BitsAndBytesConfig(**{"llm_int8_skip_modules": heads, **options})
 
 
@@ -313,31 +285,3 @@ def _base(recipe: Recipe) -> tuple[str]:
 def _source(recipe: Recipe) -> dict[str, Any]:
     given = {"revision": recipe.model.revision} if recipe.model.revision else {}
     return given | {"trust_remote_code": recipe.model.trust_remote_code}
-
-
-@contextlib.contextmanager
-def _upstream_errors(recipe: Recipe, key: str) -> Iterator[None]:
-    """What upstream says of a wrong name, an unreachable Hub or a wrong option, as one line that names the recipe's."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (*_UPSTREAM_RAISES, SafetensorError, re.error) as error:
-        raise recipe.error(key, _explained(recipe, key, error)) from error
-
-
-_UPSTREAM_RAISES = (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError)
-
-
-def _explained(recipe: Recipe, key: str, error: Exception) -> str:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    text = one_line(error)
-    name = recipe.model.name_or_path if key.startswith("model") else (recipe.adapter or {}).get("name_or_path", "")
-    if "couldn't connect" in text or "offline mode" in text.lower() or "outgoing traffic has been disabled" in text:
-        return f"{name!r} is not in the cache ({HF_HUB_CACHE}) and the Hub cannot be reached; fetch it where there is a network"
-    if "is not a local folder and is not a valid model identifier" in text or text.startswith("Repo id must"):
-        return f"{name!r} is neither a folder here nor an id of the Hub that this token may read"
-    if ("Target modules" in text and "not found" in text) or "No modules were targeted" in text:
-        return f"target_modules {(recipe.adapter or {}).get('target_modules')!r} match no module of {recipe.model.name_or_path}"
-    return text if len(text) < 300 else f"{text[:300]}..."

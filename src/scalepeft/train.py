@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import functools
 import importlib
+import itertools
 import os
 import shutil
 import sys
@@ -23,6 +25,7 @@ from scalepeft.recipe import Recipe
 from scalepeft.run import Run
 
 if TYPE_CHECKING:
+    import torch
     from transformers import TrainingArguments
 
     from scalepeft.data import Corpus
@@ -79,6 +82,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
         vocabulary=len(tokenizer),
         total_steps=_total_steps(recipe, arguments, corpus),
         checkpointing=arguments.gradient_checkpointing,
+        examples=functools.partial(_examples, arguments, corpus, task),
     )
     parameters = model.parameters(built)  # before DPOTrainer adds its copy of the adapter
     with _refusals(recipe, run):
@@ -154,6 +158,20 @@ def _total_steps(recipe: Recipe, arguments: TrainingArguments, corpus: Corpus) -
     if not len(batches):
         raise recipe.error("training.dataloader_drop_last", "leaves no batch: there are fewer rows than one step takes")
     return total_steps(arguments, batches)
+
+
+def _examples(arguments: TrainingArguments, corpus: Corpus, task: Task) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The first training batches in the order of a single process, for initialisations that look at data."""
+    from scalepeft.initialisations import EXAMPLE_BATCH, EXAMPLE_ROWS
+    from scalepeft.sampler import StepBatches
+    from scalepeft.trainer import Rows
+
+    prepared = corpus.sets["train"]
+    seed = arguments.data_seed if arguments.data_seed is not None else arguments.seed
+    batches = StepBatches(prepared.lengths, batch_size=EXAMPLE_BATCH, seed=seed, strategy=arguments.train_sampling_strategy)
+    rows = Rows(prepared.rows)
+    for indices in itertools.islice(batches, EXAMPLE_ROWS // EXAMPLE_BATCH):
+        yield task.collate(rows.__getitems__(indices))
 
 
 def _accumulation(recipe: Recipe, rows: int) -> int:

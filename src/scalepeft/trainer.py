@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from numpy.typing import NDArray
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from scalepeft import adapters
 from scalepeft.adalora import RankAllocation, allocates_ranks, load_ranks_state, orthogonality, ranks_may_be_zero, ranks_state
 from scalepeft.callbacks import SPEED, Progress
 from scalepeft.checkpoint import load_state, publish, save_state
@@ -174,7 +175,10 @@ class RecipeTraining(Trainer):  # type: ignore[misc]
 
         Upstream adds it to the model's own loss, which none of the trainers here takes.
         """
-        return orthogonality(self.model) * share if self.model.training and allocates_ranks(self.model) else 0.0
+        if not self.model.training:
+            return 0.0
+        own = orthogonality(self.model) if allocates_ranks(self.model) else adapters.regulariser(self.model)
+        return own * share
 
     def _compute_metrics(self, predicted: EvalPrediction) -> dict[str, float]:
         self._details = self.task.details(predicted.predictions, predicted.label_ids)
@@ -190,15 +194,15 @@ class RecipeTraining(Trainer):  # type: ignore[misc]
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        final = not self.is_in_train
         with ranks_may_be_zero(model):
-            # TRL's DPOTrainer keeps a copy of the adapter as `ref`, which is nobody's to load
-            options = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
-            model.save_pretrained(folder, state_dict=state_dict, **options)
-            if not self.is_in_train:  # the weights of the result, for the verification: gathered ones exist only here
-                if isinstance(model, PeftModel):
-                    self.saved = get_peft_model_state_dict(model, state_dict)
-                else:
-                    self.saved = model.state_dict() if state_dict is None else state_dict
+            if isinstance(model, PeftModel):
+                saved = adapters.save(model, folder, state_dict, final=final)
+            else:
+                model.save_pretrained(folder, state_dict=state_dict)
+                saved = model.state_dict() if state_dict is None else state_dict
+            if final:  # the weights of the result, for the verification: gathered ones exist only here
+                self.saved = saved
         self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
