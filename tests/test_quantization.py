@@ -91,3 +91,14 @@ def test_a_quantised_base_is_not_quantised_again(loaded, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "awq", "bits": 4}}))
     with pytest.raises(UserError, match=r"quantization: .* is quantised already \(awq\); leave the section out"):
         model.build(recipes.load(tmp_path / "recipe.yaml"), [], total_steps=1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_a_head_over_a_half_precision_base_is_trained_in_float32_under_autocast(toy, train, precision):
+    run = train(toy(model={"dtype": "bfloat16"}, training={"bf16": precision == "bf16", "num_train_epochs": 1}))
+    assert run.record["verification"]["dtype"] == "bfloat16"
+    from safetensors.torch import load_file
+
+    saved = load_file(run.path / "adapter/adapter_model.safetensors")
+    dtypes = {tensor.dtype for name, tensor in saved.items() if "classifier" in name and "lora" not in name}
+    assert dtypes == {torch.float32 if precision == "bf16" else torch.bfloat16}

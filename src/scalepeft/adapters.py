@@ -291,9 +291,9 @@ def _trained_tokens(base: PreTrainedModel, config: PeftConfig) -> set[int]:
 
 
 def _usable(recipe: Recipe, model: PeftModel) -> PeftModel:
-    for parameter in model.parameters():
+    for parameter in model.parameters() if recipe.precision != "no" else ():
         # peft raises an adapter to fp32 and leaves a head in the base's dtype, which loses small updates and which fp16's
-        # gradient scaler refuses; a sharded parameter is its engine's to convert
+        # gradient scaler refuses; autocast lets them meet. A sharded parameter is its engine's to convert
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16) and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.float()
     if recipe.generative and isinstance(model.get_output_embeddings(), BaseTunerLayer):

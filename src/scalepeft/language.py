@@ -34,7 +34,6 @@ PROBE_ROWS, PROBE_TOKENS = 8, 128
 class CausalLM:
     """The next token, wherever the row's labels say that it counts."""
 
-    generative = True
     figures: tuple[str, ...] = ("loss", "perplexity", "mean_token_accuracy")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -184,11 +184,14 @@ def precision(recipe: Recipe) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(device().type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision])
 
 
-def answers(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], *, generative: bool) -> torch.Tensor:
-    """The logits by which a trained model is told from another, on the CPU: of each row (of the next token after it)."""
-    with torch.inference_mode():
+def answers(recipe: Recipe, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The logits by which a trained model is told from another, on the CPU: of each row (of the next token after it).
+
+    A float32 base answers without the recipe's autocast, so that differences are seen; one of half precision needs it.
+    """
+    with torch.inference_mode(), precision(recipe) if model.config.dtype != torch.float32 else contextlib.nullcontext():
         logits: torch.Tensor = model(**inputs).logits
-    return (logits[:, -1] if generative else logits).float().cpu()
+    return (logits[:, -1] if recipe.generative else logits).float().cpu()
 
 
 def parameters(model: Trained) -> dict[str, int]:

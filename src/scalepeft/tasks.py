@@ -23,8 +23,6 @@ class Task(Protocol):
     """What trainers, evaluation and prediction ask of a task."""
 
     tokenizer: PreTrainedTokenizerBase
-    generative: bool
-    """Whether the model writes text."""
     figures: tuple[str, ...]
     """What `metrics` gives, as run.SetMetrics documents it."""
 
@@ -53,7 +51,6 @@ class Task(Protocol):
 class SequenceClassification:
     """One label a row."""
 
-    generative = False
     figures: tuple[str, ...] = (
         *("accuracy", "f1_macro", "f1_weighted", "precision_macro", "precision_weighted", "recall_macro", "recall_weighted"),
         *("matthews_correlation", "loss"),

@@ -94,7 +94,7 @@ class RecipeTraining(Trainer):  # type: ignore[misc]
         self.add_callback(Progress())
         if allocates_ranks(self.model):
             self.add_callback(RankAllocation())
-        self.task, self.run = task, run
+        self.recipe, self.task, self.run = recipe, task, run
         train, evaluation = self.train_dataset, self.eval_dataset or {}  # DPOTrainer may have added columns
         self.train_dataset: Rows = Rows(train)
         self.eval_dataset: dict[str, Rows] = {name: Rows(rows) for name, rows in evaluation.items()}
@@ -278,11 +278,11 @@ class RecipeTraining(Trainer):  # type: ignore[misc]
             torch.get_device_module(self.args.device).set_rng_state(state["device"])
 
     def reference(self, rows: Rows, indices: NDArray[np.integer]) -> dict[str, torch.Tensor]:
-        """The inputs of a few rows and the trained model's answers to them, without autocast, on the CPU."""
+        """The inputs of a few rows and the trained model's answers to them, on the CPU."""
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False).eval()
         inputs = self.task.probe(rows.__getitems__([int(i) for i in indices]))
         on_device = {k: v.to(self.args.device) for k, v in inputs.items()}
-        return {**inputs, "logits": answers(model, on_device, generative=self.task.generative)}
+        return {**inputs, "logits": answers(self.recipe, model, on_device)}
 
 
 class ClassificationTrainer(RecipeTraining):

@@ -85,7 +85,7 @@ def _compare_logits(run: Run) -> dict[str, Any]:
     trained = model.load(run)
     device = next(trained.parameters()).device
     inputs = {k: v.to(device) for k, v in reference.items()}
-    logits = model.answers(trained, inputs, generative=run.recipe().generative)
+    logits = model.answers(run.recipe(), trained, inputs)
     if sample := _sample(run, trained):
         run.update(sample=sample)
     dtype = str(trained.config.dtype)
