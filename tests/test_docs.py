@@ -19,7 +19,10 @@ from scalepeft import cli, document
 from scalepeft import recipe as recipes
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "recipes/README.md", "slurm/README.md"]
+DOCUMENTS = [
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "recipes/README.md", "slurm/README.md"),
+    *("docs/language-models.md", "docs/adapters.md"),
+]
 TINY = "data.train.sample_rows=64 data.evaluation.test.sample_rows=32 training.max_steps=2"
 TINY_SFT = "data.train.sample_rows=8 data.evaluation.test.first_rows=4 training.max_steps=1"
 TINY_FILE = "training.max_steps=2"
@@ -58,7 +61,10 @@ LONG = {
     "scalepeft evaluate runs/quickstart": "",
     "scalepeft evaluate runs/quickstart data.evaluation.mine.path=reviews.csv --output figures.json": "",
     "scalepeft predict runs/quickstart --data new.csv --output predictions.csv": "",
+    "scalepeft fetch quickstart_sft": "",
     "scalepeft preview quickstart_sft -n 1": TINY_SFT,
+    "scalepeft preview quickstart_sft -n 2": TINY_SFT,
+    "scalepeft train quickstart_sft": TINY_SFT,
     "scalepeft predict runs/quickstart_sft --data questions.jsonl --output completions.jsonl --max-new-tokens 32": "",
     'echo "Name three fruits." | scalepeft chat runs/quickstart_sft --max-new-tokens 32': "",
     "scalepeft compare runs/quickstart runs/slower --html comparison.html": "",
