@@ -364,7 +364,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(talker, monkeypatch, capsys):
 
 
 def test_a_chat_needs_a_template(talker, monkeypatch):
-    monkeypatch.setattr(model, "tokenizer", lambda recipe, found=model.tokenizer: _without_template(found(recipe)))
+    monkeypatch.setattr(model, "tokenizer_of", lambda run, found=model.tokenizer_of: _without_template(found(run)))
     with pytest.raises(UserError, match="no chat template"):
         Chat(talker, Sampling())
 

@@ -173,6 +173,23 @@ def test_rows_are_packed_once_and_then_found(chat, train, capsys):
     assert "cached" in capsys.readouterr().out.partition("test 12 rows")[0]
 
 
+def test_packing_knows_what_was_held_out(chat, train):
+    """The first rows of a set are a slice of it, without a list of numbers: their packing must not be that of the whole set."""
+    training = {"packing": True, "max_steps": 1, "max_length": 103}
+    whole = train(chat("whole", training=training))
+    for seed in range(3):
+        recipe = chat(f"part{seed}", training=training, data={"holdout": {"size": 1, "seed": seed}})
+        part = train(recipe)
+        assert part.record["data"]["documents"] == {"train": 43}
+        assert part.record["data"]["keys"]["train"] != whole.record["data"]["keys"]["train"]
+
+
+def test_virtual_tokens_and_packing_are_refused(chat, train):
+    adapter = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}
+    told = refusal(train, chat(adapter=adapter, training={"packing": True}))
+    assert "training.packing: PROMPT_TUNING puts its virtual tokens before a row" in told
+
+
 def test_a_model_that_cannot_isolate_is_refused(chat, train):
     """Attention that is given no mask sees everything before it, as one of a model's own making would."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -235,6 +252,49 @@ def test_neftune_changes_training_and_nothing_before_it(chat, train):
     assert figures(plain, "loss")[0, 1] != figures(noisy, "loss")[0, 1]
 
 
+# --- preferences ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "training"),
+    [
+        ({}, {}),
+        ({}, {"ld_alpha": 0.0}),
+        ({"adapter": None}, {}),
+        ({"adapter": None, "model": {"config": {"rms_norm_eps": 0.1}}}, {}),
+    ],
+    ids=["adapter", "ld_alpha", "full", "another configuration"],
+)
+def test_policy_and_reference_start_equal(chat, train, changes, training):
+    run = train(chat(task="preference", training={"max_steps": 2, "learning_rate": 1e-3, **training}, **changes))
+    before = run.record["metrics"]["before"]
+    assert before["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert before["rewards_margins"] == pytest.approx(0, abs=1e-6)
+    found = predict.evaluate(run)["test"]
+    assert found["loss"] == pytest.approx(run.record["metrics"]["after"]["loss"], rel=CLOSE)
+
+
+def test_preferences_after_supervised_training(chat, train):
+    first = train(chat("first", training={"learning_rate": 1e-3}))
+    recipe = chat("second", task="preference", adapter={"name_or_path": str(first.path)}, training={"learning_rate": 1e-3})
+    run = train(recipe)
+    assert run.record["metrics"]["before"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert run.record["metrics"]["after"]["loss"] < math.log(2)
+    assert predict.evaluate(run)["test"]["loss"] == pytest.approx(run.record["metrics"]["after"]["loss"], rel=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("precompute_ref_log_probs", "is not there"),
+        ("sync_ref_model", "a resumed run would train another model"),
+        ("padding_free", "TRL has turned it off"),
+    ],
+)
+def test_options_that_preferences_cannot_serve_are_refused(chat, train, option, told):
+    assert told in refusal(train, chat(task="preference", training={option: True}))
+
+
 # --- what a run leaves, and its resumption -------------------------------------------------------------------------
 
 
@@ -261,6 +321,30 @@ def test_a_resumed_run_gives_the_same_bytes(chat, train, monkeypatch, task):
     name = "adapter/adapter_model.safetensors"
     assert (resumed.path / name).read_bytes() == (straight.path / name).read_bytes()
     assert resumed.lines() == straight.lines()
+
+
+def test_a_sample_answer_is_recorded(chat, train):
+    sample = train(chat()).record["sample"]
+    assert sample["prompt"].endswith("<|im_start|>assistant\n")
+    assert sample["expected"]
+    assert sample["base"] != sample["trained"]
+
+
+def test_a_prompt_that_nearly_fills_the_window_spoils_nothing(chat, train):
+    recipe = chat(training={"max_length": 256, "max_steps": 1})
+    row = {"messages": [{"role": "user", "content": "a " * 117}, {"role": "assistant", "content": "b"}]}
+    (recipe.parent / "chat_test.jsonl").write_text(json.dumps(row) + "\n")
+    run = train(recipe)
+    assert run.record["status"] == "complete"
+    assert run.record["sample"]["prompt"].count("a ") == 117
+
+
+def test_a_trained_run_does_not_look_at_the_template_again(chat, train, tiny_lm, tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text((tiny_lm / "chat_template.jinja").read_text())
+    run = train(chat(training={"chat_template_path": str(template), "max_steps": 1}))
+    template.unlink()
+    assert predict.evaluate(run)["test"]["loss"] == pytest.approx(run.record["metrics"]["after"]["loss"], rel=CLOSE)
 
 
 @pytest.mark.parametrize("task", LANGUAGE)

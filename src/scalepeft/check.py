@@ -32,6 +32,8 @@ REFUSED = {
     "shuffle_dataset": "is not needed: the order of rows is drawn anew in each epoch, from training.seed",
     "pad_token": "is on its way out upstream; the tokenizer's own is taken, or its EOS where it has none",
     "eval_packing": "is not needed: evaluation rows are never packed, and their figures are the same",
+    "precompute_ref_log_probs": "is not there: the reference answers in each step",
+    "precompute_ref_batch_size": "is not there: the reference answers in each step",
 }
 """Fields of upstream's training arguments that a recipe must not set, and why."""
 
@@ -45,6 +47,7 @@ _REFUSED_VALUES: Mapping[str, tuple[object, str]] = {
     "packing_strategy": ("wrapped", "would let documents see each other; use bfd, or bfd_split to lose no token"),
     "truncation_mode": ("keep_end", "is on its way out upstream; shorten the rows before, or raise max_length"),
     "loss_type": ("chunked_nll", "is nll under an older name; use nll"),
+    "sync_ref_model": (True, "would move the reference, which no checkpoint keeps: a resumed run would train another model"),
 }
 
 _LORA = "peft.tuners.lora.config"
@@ -255,6 +258,7 @@ def _across(document: Document, values: Mapping[str, Any], *, complete: bool) ->
     yield from _batch(document, values, training)
     yield from _data(document, data)
     yield from _task(document, values.get("task"), data)
+    yield from _preference(document, values)
     yield from _adapter(document, values, complete=complete)
     if not complete:
         return
@@ -332,6 +336,11 @@ def _adapter(document: Document, values: Mapping[str, Any], *, complete: bool) -
         told = "adapter: SHADOW adds a loss of its own to the model's, which is not the one trained here"
         yield f"{document.where(('adapter',))}: {told}; give auxiliary_loss_weight: 0"
     known = upstream.fields(upstream.peft_types()[kind])
+    training = _mapping(values.get("training"))
+    for name in ("packing", "padding_free"):
+        if "num_virtual_tokens" in known and training.get(name):
+            told = f"training.{name}: {kind} puts its virtual tokens before a row, and packed documents would see each other"
+            yield f"{document.where(('training', name))}: {told}; set it false"
     if kind == "ADALORA":
         first, target = (adapter.get(name, known[name].default) for name in ("init_r", "target_r"))
         if isinstance(first, int) and isinstance(target, int) and target > first:
@@ -369,6 +378,19 @@ def _initialisation(document: Document, values: Mapping[str, Any], adapter: Mapp
     if values.get("task") == "preference" and (changes_base(how) or how == "loftq"):
         told = f"{how} gives the base a part in the adapter, and preferences are learned against the base without it"
         yield f"{where} {told}; use true, or continue from an adapter made with it"
+
+
+def _preference(document: Document, values: Mapping[str, Any]) -> Iterator[str]:
+    """What only the task preference cannot do."""
+    if values.get("task") != "preference":
+        return
+    if _mapping(values.get("training")).get("padding_free"):
+        yield f"{document.where(('training', 'padding_free'))}: training.padding_free: TRL has turned it off for preferences"
+    if _mapping(values.get("model")).get("added_tokens") and values.get("adapter") is None:
+        told = (
+            "the reference would begin with other rows for them than the trained model; give an adapter, or train them before"
+        )
+        yield f"{document.where(('model', 'added_tokens'))}: model.added_tokens: {told}"
 
 
 def _training(document: Document, training: Mapping[str, Any], known: Mapping[str, Field]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from scalepeft.errors import UserError, did_you_mean, one_line
 from scalepeft.fetch import sources
 from scalepeft.packing import pack
 from scalepeft.preferences import Preferences
-from scalepeft.prepared import Chosen, Encoder, Part, Preparation, Prepared, Texts, choose, tokenizer_digest
+from scalepeft.prepared import Chosen, Encoder, Integers, Part, Preparation, Prepared, Texts, choose, tokenizer_digest
 from scalepeft.recipe import Recipe, Source
 from scalepeft.sources import Bad, Fail, Records, Wanted, open_source
 
@@ -73,7 +74,7 @@ def prepare(
         train, evaluation["holdout"] = _cut(recipe, train)
     for name in recipe.data.evaluation:
         evaluation[name], _ = preparation(name, [parts[f"data.evaluation.{name}"]], labels)
-    if train and recipe.training.get("packing"):
+    if train and need_train and recipe.training.get("packing"):
         train = pack(train, length=language_limit(recipe, limit), strategy=recipe.training.get("packing_strategy", "bfd"))
     return Corpus(
         train=train if need_train else None,
@@ -213,5 +214,11 @@ def _cut(recipe: Recipe, train: Prepared) -> tuple[Prepared, Prepared]:
         raise recipe.error("data.holdout", f"cannot be cut: {one_line(error)}{hint}") from None
     if train.copies:
         kept = np.flatnonzero(np.isin(train.origins, train.origins[kept]))  # with their copies
-    rest = replace(train, rows=train.rows.select(np.sort(kept)))
-    return rest, replace(train, name="holdout", rows=train.rows.select(np.sort(held)), dropped={}, truncated=0, copies=0)
+    rest = _part_of(train, np.sort(kept))
+    return rest, replace(_part_of(train, np.sort(held)), name="holdout", dropped={}, truncated=0, copies=0)
+
+
+def _part_of(train: Prepared, places: Integers) -> Prepared:
+    """Some of the rows, with a key of their own."""
+    key = hashlib.sha256(train.key.encode() + places.tobytes()).hexdigest()[:32]
+    return replace(train, rows=train.rows.select(places), key=key)

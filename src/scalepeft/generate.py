@@ -206,7 +206,7 @@ def complete(run: Run, file: Path, output: Path, sampling: Sampling, *, batch_si
     quiet_upstream()
     from scalepeft import model
 
-    tokenizer = model.tokenizer(recipe)
+    tokenizer = model.tokenizer_of(run)
     limit = model.longest_input(recipe, tokenizer)
     prepared = _prepared(recipe, tokenizer, file, limit)
     trained, found = model.load(run), dict[int, Completion]()
@@ -327,7 +327,7 @@ class Chat:
         from scalepeft import model
 
         self.system_prompt = self.recipe.data.system_prompt if system_prompt is None else system_prompt
-        self.tokenizer = model.tokenizer(self.recipe)
+        self.tokenizer = model.tokenizer_of(run)
         if not self.tokenizer.chat_template:
             told = "the tokenizer has no chat template, without which there are no turns; `scalepeft predict` completes texts"
             raise UserError(f"{run.path}: {told}")

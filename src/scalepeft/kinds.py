@@ -20,7 +20,11 @@ def task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[st
     if recipe.generative:
         from scalepeft.language import CausalLM, Preference  # TRL takes seconds to import
 
-        return CausalLM(tokenizer) if recipe.task == "causal-lm" else Preference(tokenizer, beta=float(option(recipe, "beta")))
+        if recipe.task == "causal-lm":
+            return CausalLM(tokenizer)
+        multiple = option(recipe, "pad_to_multiple_of")
+        multiple = multiple if isinstance(multiple, int) else None
+        return Preference(tokenizer, beta=float(option(recipe, "beta")), pad_to_multiple_of=multiple)
     kind = SequenceRegression if recipe.regression else SequenceClassification
     return kind(tokenizer, labels, label_smoothing=float(option(recipe, "label_smoothing_factor")))
 

@@ -90,10 +90,12 @@ class Preference(CausalLM):
 
     figures: tuple[str, ...] = ("loss", "rewards_accuracies", "rewards_margins", "rewards_chosen", "rewards_rejected")
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, beta: float) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, beta: float, pad_to_multiple_of: int | None) -> None:
         super().__init__(tokenizer)
         self.beta = beta
-        self.collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
+        self.reference: Any = None
+        """The model that rewards are measured from: another one, or the trained one without its adapter or with `ref`."""
+        self.collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Chosen answers, then rejected ones (2 x rows, longest answer), and labels (rows): 0, or IGNORED for no row."""
@@ -105,13 +107,14 @@ class Preference(CausalLM):
         super().ready(model, run)
         recipe, self.reference = run.recipe(), model
         if recipe.adapter is None:
-            self.reference = models._load_base(recipe, [])[0].to(model.device).eval()  # noqa: SLF001
+            self.reference = models.load_base(recipe, [])[0].to(model.device).eval()
             super().ready(self.reference, run)
         elif "name_or_path" in recipe.adapter:
-            model.load_adapter(models.adapter_path(str(recipe.adapter["name_or_path"])), "ref")
+            source = {"revision": recipe.adapter["revision"]} if recipe.adapter.get("revision") else {}
+            model.load_adapter(models.adapter_path(str(recipe.adapter["name_or_path"])), "ref", **source)
 
     def refer(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch with the reference's log-probabilities of its answers, after `ready`."""
+        """A batch with the reference's log-probabilities of its answers."""
         peft = isinstance(self.reference, PeftModel)
         without = use_adapter(self.reference, "ref" if "ref" in self.reference.peft_config else None) if peft else nullcontext()
         with without:
@@ -129,10 +132,9 @@ class Preference(CausalLM):
     def measure(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Of each pair: -log sigmoid of the margin (DPO's loss), both rewards, and whether it counts (rows x 4).
 
-        A reward is beta times the log-ratio of the trained model to the reference, whose log-probabilities of the answers
-        are in the batch (ref_chosen_logps, ref_rejected_logps), or asked of it after `ready`.
+        A reward is beta times the log-ratio of the trained model to the reference, over the whole answers.
         """
-        batch = batch if "ref_chosen_logps" in batch else self.refer(batch)
+        batch = self.refer(batch)
         chosen, rejected = self._log_probs(model, batch)
         rewards = [self.beta * (chosen - batch["ref_chosen_logps"]), self.beta * (rejected - batch["ref_rejected_logps"])]
         losses = -torch.nn.functional.logsigmoid(rewards[0] - rewards[1])
@@ -221,6 +223,8 @@ class PreferenceTrainer(RecipeTraining, DPOTrainer):  # type: ignore[misc]
         with _adapter_dtype_kept(model):
             super().__init__(
                 model=model,
+                # of a whole model TRL would load a second one by name, without the recipe's revision and configuration
+                ref_model=models.load_base(recipe, [])[0] if recipe.adapter is None else None,
                 args=args,
                 processing_class=task.tokenizer,
                 data_collator=task.collate,
@@ -229,6 +233,7 @@ class PreferenceTrainer(RecipeTraining, DPOTrainer):  # type: ignore[misc]
                 compute_metrics=self._compute_metrics,
             )
         copy_reference(self.model)
+        task.reference = self.ref_model or self.model
         self.adopt(recipe, task, run, corpus)
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
@@ -248,7 +253,8 @@ class PreferenceTrainer(RecipeTraining, DPOTrainer):  # type: ignore[misc]
     ) -> Any:
         """Upstream's mean over the micro-batch, weighted with its share of the step's pairs, and the adapter's own part.
 
-        Upstream's mean of means depends on the layout where a step's micro-batches differ in size, as an epoch's last do.
+        Upstream's mean of means depends on the layout where a step's micro-batches differ in size, as an epoch's last do. The
+        losses that compare pairs with each other (aot, aot_unpaired) depend on it all the same.
         """
         share = (inputs.pop("labels") != IGNORED).sum() / num_items_in_batch * self.accelerator.num_processes
         with _own_rows(self.accelerator):
@@ -264,10 +270,6 @@ class PreferenceTrainer(RecipeTraining, DPOTrainer):  # type: ignore[misc]
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """The figures of each pair in place of its logits."""
         inputs = self._prepare_inputs(inputs)
-        if "ref_chosen_logps" not in inputs:
-            labels = inputs.pop("labels")
-            chosen, rejected = self.compute_ref_log_probs(self.ref_model or model, inputs)
-            inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected, "labels": labels}
         with torch.no_grad(), self.compute_loss_context_manager():
             measured = self.task.measure(model, inputs)
         return None, measured, measured[:, 3]
@@ -295,7 +297,10 @@ class Isolation(TrainerCallback):  # type: ignore[misc]
         model.train(training)
         behind = found["both"][-len(second) :]
         gap = (behind - found["alone"]).abs().max().item() / max(1.0, found["alone"].abs().max().item())
-        if not gap <= _GAP[behind.dtype]:
+        precision = getattr(
+            torch, {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.recipe.precision, ""), trainer.model.dtype
+        )
+        if not gap <= _GAP[precision]:  # accelerate returns float32 whatever computed
             attention = trainer.model.config._attn_implementation  # noqa: SLF001  # it has no public name
             told = f"{type(trainer.model.config).__name__} with attn_implementation {attention!r} lets a packed document see"
             hint = "set training.packing: false, or another model.attn_implementation"
@@ -309,7 +314,7 @@ class Isolation(TrainerCallback):  # type: ignore[misc]
 
 
 _GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""The largest relative difference of logits that rounding explains, by their dtype."""
+"""The largest relative difference of logits that rounding explains, by the dtype that computes."""
 
 
 @contextlib.contextmanager

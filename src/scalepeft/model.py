@@ -72,6 +72,11 @@ def tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return found
 
 
+def tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run was trained with: the recipe may name files that have changed since."""
+    return AutoTokenizer.from_pretrained(str(run.weights), trust_remote_code=run.recipe().model.trust_remote_code)
+
+
 def _tokenizer_of_adapter(recipe: Recipe) -> tuple[str] | None:
     """The folder of an adapter to continue from, when its tokenizer lies there: it may know more tokens or another template."""
     named = (recipe.adapter or {}).get("name_or_path")
@@ -130,7 +135,7 @@ def build(
     Raises UserError for what the recipe got wrong: an unreachable base, a checkpoint without the backbone's weights, a
     configuration key that the model does not have, target modules that match nothing.
     """
-    base, new = _load_base(recipe, labels, vocabulary)
+    base, new = load_base(recipe, labels, vocabulary)
     if recipe.adapter is None:
         return base, new
     if checkpointing:
@@ -156,7 +161,7 @@ def load(run: Run) -> Trained:
     """
     recipe, weights = run.recipe(), str(run.weights)
     vocabulary = len(AutoTokenizer.from_pretrained(weights)) if _grows(recipe) else 0
-    base = None if recipe.adapter is None else _load_base(recipe, run.record["labels"], vocabulary)[0]
+    base = None if recipe.adapter is None else load_base(recipe, run.record["labels"], vocabulary)[0]
     try:
         if base is None:
             model = _AUTO[recipe.task].from_pretrained(
@@ -206,7 +211,8 @@ def parameters(model: Trained) -> dict[str, int]:
     return {"trainable": trainable, "total": total}
 
 
-def _load_base(recipe: Recipe, labels: Sequence[str], vocabulary: int = 0) -> tuple[PreTrainedModel, list[str]]:
+def load_base(recipe: Recipe, labels: Sequence[str], vocabulary: int = 0) -> tuple[PreTrainedModel, list[str]]:
+    """The base without an adapter, and the names of those of its parameters that the checkpoint does not have."""
     config = _config(recipe, labels)
     options: dict[str, Any] = {"dtype": recipe.model.dtype, "use_safetensors": recipe.model.use_safetensors or None}
     if recipe.model.attn_implementation:

@@ -23,9 +23,7 @@ def pack(prepared: Prepared, *, length: int, strategy: str) -> Prepared:
     Each has seq_lengths, the tokens of its documents, from which the collator restarts positions. The first token of a
     document carries no label, so that none is predicted from the document before.
     """
-    chosen = prepared.rows._indices  # noqa: SLF001  # of a set from which a part was held out
-    which = "" if chosen is None else hashlib.sha256(chosen.column(0).combine_chunks().buffers()[1]).hexdigest()
-    told = json.dumps([FORMAT, prepared.key, which, length, strategy])
+    told = json.dumps([FORMAT, prepared.key, length, strategy])
     key = hashlib.sha256(told.encode()).hexdigest()[:32]
     folder, info, reused = cached(key, lambda beside: _write(beside, prepared, length, strategy))
     rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))

@@ -168,7 +168,7 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any
 
     from scalepeft import data, model
 
-    task = _task(recipe, labels)
+    task = _task(run, recipe)
     limit = model.longest_input(recipe, task.tokenizer)
     corpus = data.prepare(recipe, task.tokenizer, limit=limit, need_train=False, label_names=labels)
     if not corpus.evaluation:
@@ -197,7 +197,7 @@ def predict(run: Run, file: Path, output: Path) -> int:
     from scalepeft import data, model
     from scalepeft.tasks import SequenceClassification
 
-    task = _task(recipe, labels)
+    task = _task(run, recipe)
     limit = model.longest_input(recipe, task.tokenizer)
     prepared = data.prepare_file(recipe, task.tokenizer, file, limit=limit, label_names=labels)
     assert isinstance(task, SequenceClassification)  # noqa: S101  # the caller's condition
@@ -236,10 +236,10 @@ def _batches(recipe: Recipe, task: Task, prepared: Prepared) -> Iterator[tuple[N
             yield indices, {k: v.to(device) for k, v in task.collate(rows.__getitems__(indices.tolist())).items()}
 
 
-def _task(recipe: Recipe, labels: Sequence[str]) -> Task:
+def _task(run: Run, recipe: Recipe) -> Task:
     from scalepeft import kinds, model
 
-    return kinds.task(recipe, model.tokenizer(recipe), labels)
+    return kinds.task(recipe, model.tokenizer_of(run), run.record["labels"])
 
 
 def _complete(path: Path) -> Run:

@@ -63,8 +63,13 @@ def verify(run: Run) -> None:
     """
     offline_if_unreachable(run.recipe())
     quiet_upstream()
+    trained = None
     try:
-        found = _compare_logits(run) if _fits(run) else _compare_tensors(run)
+        if _fits(run):
+            trained = _load(run)
+            found = _compare_logits(run, trained)
+        else:
+            found = _compare_tensors(run)
     except RunFailed as error:
         run.end("failed", str(error))
         raise RunFailed(f"{run.path}: failed: {error}") from error
@@ -73,21 +78,26 @@ def verify(run: Run) -> None:
         run.end("failed", reason, verification=found)
         raise RunFailed(f"{run.path}: failed: {reason}")
     run.end("complete", verification=found)
+    if trained is not None and (sample := _sample(run, trained)):
+        run.update(sample=sample)
 
 
-def _compare_logits(run: Run) -> dict[str, Any]:
+def _load(run: Run) -> Trained:
+    from scalepeft import model
+
+    return model.load(run)
+
+
+def _compare_logits(run: Run, trained: Trained) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from scalepeft import model
 
     reference = load_file(run.path / VERIFICATION)
     expected = reference.pop("logits")
-    trained = model.load(run)
     device = next(trained.parameters()).device
     inputs = {k: v.to(device) for k, v in reference.items()}
     logits = model.answers(run.recipe(), trained, inputs)
-    if sample := _sample(run, trained):
-        run.update(sample=sample)
     dtype = str(trained.config.dtype)
     tolerance = _TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
     difference = (logits - expected).abs().max().item()
@@ -105,20 +115,22 @@ def _sample(run: Run, trained: Trained) -> dict[str, str] | None:
     """A question of the evaluation rows, answered by the base without the adapter and by the trained model."""
     from peft import PeftModel
     from safetensors import safe_open
-    from transformers import AutoTokenizer
 
-    from scalepeft.generate import answer
+    from scalepeft import model
+    from scalepeft.generate import answer, precision
 
     with safe_open(run.path / VERIFICATION, framework="pt") as file:
         prompt, expected = json.loads(file.metadata()["sample"])
-    if not prompt:
+    recipe, tokenizer = run.recipe(), model.tokenizer_of(run)
+    room = min(SAMPLE_TOKENS, model.longest_input(recipe, tokenizer) - len(prompt))
+    if not prompt or room < 1:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(run.weights)
     found = {"prompt": tokenizer.decode(prompt), "expected": tokenizer.decode(expected, skip_special_tokens=True)}
-    if isinstance(trained, PeftModel):
-        with trained.disable_adapter():
-            found["base"] = answer(trained, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
-    return found | {"trained": answer(trained, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)}
+    with precision(recipe, trained):
+        if isinstance(trained, PeftModel):
+            with trained.disable_adapter():
+                found["base"] = answer(trained, tokenizer, prompt, max_new_tokens=room)
+        return found | {"trained": answer(trained, tokenizer, prompt, max_new_tokens=room)}
 
 
 def _compare_tensors(run: Run) -> dict[str, Any]:
