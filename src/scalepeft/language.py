@@ -113,13 +113,11 @@ class Preference(CausalLM):
             source = {"revision": recipe.adapter["revision"]} if recipe.adapter.get("revision") else {}
             model.load_adapter(models.adapter_path(str(recipe.adapter["name_or_path"])), "ref", **source)
 
-    def refer(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch with the reference's log-probabilities of its answers."""
+    def _reference_log_probs(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         peft = isinstance(self.reference, PeftModel)
         without = use_adapter(self.reference, "ref" if "ref" in self.reference.peft_config else None) if peft else nullcontext()
         with without:
-            chosen, rejected = self._log_probs(self.reference, batch)
-        return {**batch, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+            return self._log_probs(self.reference, batch)
 
     @staticmethod
     def _log_probs(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,9 +132,8 @@ class Preference(CausalLM):
 
         A reward is beta times the log-ratio of the trained model to the reference, over the whole answers.
         """
-        batch = self.refer(batch)
-        chosen, rejected = self._log_probs(model, batch)
-        rewards = [self.beta * (chosen - batch["ref_chosen_logps"]), self.beta * (rejected - batch["ref_rejected_logps"])]
+        before, now = self._reference_log_probs(batch), self._log_probs(model, batch)
+        rewards = [self.beta * (after - reference) for after, reference in zip(now, before, strict=True)]
         losses = -torch.nn.functional.logsigmoid(rewards[0] - rewards[1])
         return torch.stack([losses, *rewards, (batch["labels"] != IGNORED).float()], dim=-1)
 
@@ -297,10 +294,8 @@ class Isolation(TrainerCallback):  # type: ignore[misc]
         model.train(training)
         behind = found["both"][-len(second) :]
         gap = (behind - found["alone"]).abs().max().item() / max(1.0, found["alone"].abs().max().item())
-        precision = getattr(
-            torch, {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.recipe.precision, ""), trainer.model.dtype
-        )
-        if not gap <= _GAP[precision]:  # accelerate returns float32 whatever computed
+        # by what computes: accelerate gives float32 whatever that was
+        if not gap <= _GAP[_MIXED.get(trainer.recipe.precision, trainer.model.dtype)]:
             attention = trainer.model.config._attn_implementation  # noqa: SLF001  # it has no public name
             told = f"{type(trainer.model.config).__name__} with attn_implementation {attention!r} lets a packed document see"
             hint = "set training.packing: false, or another model.attn_implementation"
@@ -313,6 +308,7 @@ class Isolation(TrainerCallback):  # type: ignore[misc]
         return logits
 
 
+_MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """The largest relative difference of logits that rounding explains, by the dtype that computes."""
 
