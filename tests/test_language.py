@@ -330,13 +330,22 @@ def test_a_sample_answer_is_recorded(chat, train):
     assert sample["base"] != sample["trained"]
 
 
-def test_a_prompt_that_nearly_fills_the_window_spoils_nothing(chat, train):
+def test_a_sample_answer_stays_within_the_window(chat, train, monkeypatch):
+    from scalepeft import generate
+
+    asked, answer = [], generate.answer
+
+    def answering(model, tokenizer, ids, *, max_new_tokens):
+        asked.append((len(ids), max_new_tokens))
+        return answer(model, tokenizer, ids, max_new_tokens=max_new_tokens)
+
+    monkeypatch.setattr(generate, "answer", answering)
     recipe = chat(training={"max_length": 256, "max_steps": 1})
     row = {"messages": [{"role": "user", "content": "a " * 117}, {"role": "assistant", "content": "b"}]}
     (recipe.parent / "chat_test.jsonl").write_text(json.dumps(row) + "\n")
-    run = train(recipe)
-    assert run.record["status"] == "complete"
-    assert run.record["sample"]["prompt"].count("a ") == 117
+    assert train(recipe).record["status"] == "complete"
+    assert len(asked) == 2
+    assert all(prompt > 240 and prompt + new == 256 for prompt, new in asked)
 
 
 def test_a_trained_run_does_not_look_at_the_template_again(chat, train, tiny_lm, tmp_path):
@@ -443,3 +452,20 @@ def test_a_format_that_lacks_a_column_is_told(chat, train):
     assert "the format instruction needs" in told
     assert "instruction" in told
     assert "messages" in told
+
+
+@pytest.mark.parametrize("option", ["assistant_only_loss", "completion_only_loss"])
+def test_a_loss_on_a_part_that_text_does_not_have_is_refused(chat, train, option):
+    recipe = chat(training={option: True})
+    rows(recipe, {"text": "all of this counts"}, {"text": "and this, too"})
+    assert f"training.{option}: rows of the format text" in refusal(train, recipe)
+
+
+def test_attention_without_a_backward_pass_here_is_one_line(chat, train):
+    told = refusal(train, chat(model={"attn_implementation": "flex_attention"}))
+    assert "FlexAttention does not support backward on CPU" in told
+
+
+def test_what_does_not_page_is_said(chat, train, capsys):
+    train(chat(training={"optim": "paged_adamw_32bit", "max_steps": 1}))
+    assert "paged_adamw_32bit pages nothing on a CPU" in capsys.readouterr().err

@@ -162,7 +162,27 @@ class Preference(CausalLM):
         return list(row["prompt_ids"]), list(row["chosen_ids"])
 
 
-class SupervisedTrainer(RecipeTraining, SFTTrainer):  # type: ignore[misc]
+class LanguageTraining(RecipeTraining):
+    """What the trainers of language models share: evaluation without logits, and no files of upstream's."""
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,  # noqa: ARG002  # as upstream passes it
+        ignore_keys: Any = None,  # noqa: ARG002
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """What the task measures of each row in place of logits: upstream's mean of batches depends on how rows are batched."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            measured = self.task.measure(model, inputs)
+        return None, measured, measured[:, -1]
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: upstream would write one into the run directory at each checkpoint."""
+
+
+class SupervisedTrainer(LanguageTraining, SFTTrainer):  # type: ignore[misc]
     """TRL's SFTTrainer on rows that are prepared already."""
 
     def __init__(self, recipe: Recipe, *, model: Any, args: Any, task: CausalLM, run: Run, corpus: Corpus) -> None:
@@ -194,24 +214,8 @@ class SupervisedTrainer(RecipeTraining, SFTTrainer):  # type: ignore[misc]
             return loss
         return loss + self.regularisation(tokens / num_items_in_batch * self.accelerator.num_processes)
 
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,  # noqa: ARG002  # as upstream passes it
-        ignore_keys: Any = None,  # noqa: ARG002
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """The sums of each row in place of its logits: upstream's mean of batches depends on how rows are batched."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            measured = self.task.measure(model, inputs)
-        return None, measured, measured[:, 2]
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: upstream would write one into the run directory at each checkpoint."""
-
-
-class PreferenceTrainer(RecipeTraining, DPOTrainer):  # type: ignore[misc]
+class PreferenceTrainer(LanguageTraining, DPOTrainer):  # type: ignore[misc]
     """TRL's DPOTrainer on pairs that are prepared already."""
 
     loss_is_scaled_for_ga = True  # in compute_loss
@@ -257,22 +261,6 @@ class PreferenceTrainer(RecipeTraining, DPOTrainer):  # type: ignore[misc]
         with _own_rows(self.accelerator):
             loss = super().compute_loss(model, inputs)
         return loss * share + self.regularisation(share)
-
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,  # noqa: ARG002  # as upstream passes it
-        ignore_keys: Any = None,  # noqa: ARG002
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """The figures of each pair in place of its logits."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            measured = self.task.measure(model, inputs)
-        return None, measured, measured[:, 3]
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: upstream would write one into the run directory at each checkpoint."""
 
 
 class Isolation(TrainerCallback):  # type: ignore[misc]

@@ -131,7 +131,9 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
         if name not in available:
             raise recipe.error("training.report_to", f"{name!r} is not installed; there are {', '.join(available) or 'none'}")
     if "paged" in arguments.optim and arguments.device.type == "cpu":
-        note(f"training.optim: {arguments.optim} pages nothing on a CPU; it works as the same optimizer without paging")
+        note(
+            f"training.optim: {recipe.training['optim']} pages nothing on a CPU; it works as the same optimizer without paging"
+        )
     os.environ.setdefault("WANDB_DIR", str(run.path))  # beside the run's other files, not in the working directory
     # one process drives one device: upstream would start DataParallel, which multiplies the batch, and has no option against it
     arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001
