@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scalepeft import check, console, model, upstream
+from scalepeft import adapter_rules, console, model, upstream
 from scalepeft import recipe as recipes
 from scalepeft.errors import UserError
 from scalepeft.run import Run
@@ -60,7 +60,7 @@ def test_every_type_trains_and_comes_back_or_is_refused_in_one_line(script, tmp_
 @pytest.mark.parametrize("kind", ["CPT", "MULTITASK_PROMPT_TUNING", "POLY", "XLORA"])
 def test_a_type_that_no_task_serves_is_refused_by_check(chat, kind):
     (problem,) = told(chat("run", adapter={"peft_type": kind}))
-    assert problem == f"adapter: {kind} {check.NO_TYPE[kind]}"
+    assert problem == f"adapter: {kind} {adapter_rules.NO_TYPE[kind]}"
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_check_knows_the_nested_configurations_and_initialisations_of_peft():
 
     hints = typing.get_type_hints(LoraConfig)
     nested = {name: kind.__name__ for name, hint in hints.items() for kind in members(hint) if is_dataclass(kind)}
-    assert nested == {name: reference.partition(":")[2] for name, reference in check.NESTED.items()}
+    assert nested == {name: reference.partition(":")[2] for name, reference in adapter_rules.NESTED.items()}
     literal = next(m for m in members(hints["init_lora_weights"]) if typing.get_origin(m) is typing.Literal)
     known = {name for name in typing.get_args(literal) if "[" not in name}
-    assert known | {"lora_ga"} == set(check.INITIALISATIONS)
+    assert known | {"lora_ga"} == set(adapter_rules.INITIALISATIONS)
 
 
 @pytest.mark.parametrize("task", ["toy", "chat"])

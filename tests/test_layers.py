@@ -16,7 +16,7 @@ from scalepeft.cli import COMMANDS
 
 LAYERS = (
     ("errors", "upstream", "document", "console"),
-    ("check", "recipe"),
+    ("adapter_rules", "check", "recipe"),
     ("run", "schema", "assets", "fetch", "cluster"),
     (
         "checkpoint",

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from scalepeft import upstream
-from scalepeft.check import NESTED, changes_base
+from scalepeft.adapter_rules import NESTED, changes_base
 from scalepeft.initialisations import AFTER, BEFORE, Examples, needed
 from scalepeft.recipe import Recipe
 from scalepeft.refusals import upstream_errors

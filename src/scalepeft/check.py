@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from scalepeft import upstream
-from scalepeft.document import Document, Key
+from scalepeft import adapter_rules, upstream
+from scalepeft.document import Document, Key, mapping
 from scalepeft.errors import did_you_mean
 from scalepeft.upstream import Field, Type
 
@@ -50,52 +50,6 @@ _REFUSED_VALUES: Mapping[str, tuple[object, str]] = {
     "sync_ref_model": (True, "would move the reference, which no checkpoint keeps: a resumed run would train another model"),
 }
 
-_LORA = "peft.tuners.lora.config"
-NESTED = {
-    "loftq_config": f"{_LORA}:LoftQConfig",
-    "eva_config": f"{_LORA}:EvaConfig",
-    "corda_config": f"{_LORA}:CordaConfig",
-    "lora_ga_config": f"{_LORA}:LoraGAConfig",
-    "velora_config": f"{_LORA}:VeloraConfig",
-    "monteclora_config": f"{_LORA}:MontecloraConfig",
-    "runtime_config": f"{_LORA}:LoraRuntimeConfig",
-    "use_bdlora": f"{_LORA}:BdLoraConfig",
-    "arrow_config": f"{_LORA}:ArrowConfig",
-    "kasa_config": f"{_LORA}:KasaConfig",
-}
-"""Options of LORA that are a mapping in the recipe and a class of peft's, by name."""
-
-INITIALISATIONS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
-"""What init_lora_weights may be beside true, false and pissa_niter_N."""
-
-_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
-
-NO_TYPE = {
-    "CPT": "computes its loss from whole logits, which are never made here; PROMPT_TUNING trains virtual tokens, too",
-    "MULTITASK_PROMPT_TUNING": "needs the number of a task in every row, which rows have none of here; use PROMPT_TUNING",
-    "POLY": "needs the number of a task in every row, which rows have none of here; use LORA",
-    "XLORA": "mixes adapters that are trained already; train one, or continue from one with adapter.name_or_path",
-}
-"""Types of peft that no task here can serve, and why."""
-
-_NEEDED: Mapping[str, tuple[str, ...]] = {
-    "ADAPTION_PROMPT": ("adapter_len", "adapter_layers"),
-    "CARTRIDGE": ("num_virtual_tokens",),
-    "P_TUNING": ("num_virtual_tokens",),
-    "PREFIX_TUNING": ("num_virtual_tokens",),
-    "PROMPT_TUNING": ("num_virtual_tokens",),
-    "TRAINABLE_TOKENS": ("token_indices",),
-}
-"""Options that a type cannot do without and that upstream has a default for."""
-
-_NOT_SERVED: Mapping[tuple[str, str], str] = {
-    ("ADAMSS", "use_asa"): "prunes by a state that no checkpoint would hold; leave it out",
-    ("LORA", "arrow_config"): "routes among adapters that are trained already; leave it out",
-    ("LORA", "megatron_config"): "needs Megatron, which does not train here; leave it out",
-    ("LORA", "layer_replication"): "would need a base with those layers wherever the adapter is loaded; leave it out",
-}
-"""Options of a type that cannot be served here, and why."""
-
 _OF_CLASSIFICATION = ("text_columns", "label_column", "label_names", "max_length", "augmentation")
 _OF_LANGUAGE = ("format", "columns", "system_prompt")
 """Keys of data (and of its sources) that mean something to one kind of task only."""
@@ -128,6 +82,11 @@ def problems(document: Document) -> list[str]:
             found += _peft_type(document, section)
         else:
             found += checking.section(section, upstream.fields(reference), (name,), f"{name} ({_class(reference)})")
+    adapter = mapping(values.get("adapter"))
+    for name in [name for name in adapter_rules.NESTED if isinstance(adapter.get(name), dict)]:
+        reference = adapter_rules.NESTED[name]
+        title = f"adapter.{name} ({_class(reference)})"
+        found += checking.section(adapter[name], upstream.fields(reference), ("adapter", name), title)
     found += _across(document, values, complete=not checking.unknown)
     return sorted(dict.fromkeys(found), key=_line)
 
@@ -252,14 +211,14 @@ def _across(document: Document, values: Mapping[str, Any], *, complete: bool) ->
 
     What hangs on a key's absence is left out when the recipe is not `complete`, for it may be there with a typo.
     """
-    training, data = _mapping(values.get("training")), _mapping(values.get("data"))
-    yield from _model(document, _mapping(values.get("model")))
+    training, data = mapping(values.get("training")), mapping(values.get("data"))
+    yield from _model(document, mapping(values.get("model")))
     yield from _training(document, training, upstream.fields(str(forwarded_sections(values)["training"])))
     yield from _batch(document, values, training)
     yield from _data(document, data)
     yield from _task(document, values.get("task"), data)
     yield from _preference(document, values)
-    yield from _adapter(document, values, complete=complete)
+    yield from adapter_rules.problems(document, values, complete=complete)
     if not complete:
         return
     evaluates = bool(data.get("evaluation") or data.get("holdout"))
@@ -276,14 +235,14 @@ def _across(document: Document, values: Mapping[str, Any], *, complete: bool) ->
         )
     if values.get("early_stopping") is not None and not best:
         yield f"{document.where(('early_stopping',))}: early_stopping needs training.load_best_model_at_end: true"
-    patience = _mapping(values.get("early_stopping")).get("early_stopping_patience")
+    patience = mapping(values.get("early_stopping")).get("early_stopping_patience")
     if isinstance(patience, int) and patience < 1:
         where = document.where(("early_stopping", "early_stopping_patience"))
         yield f"{where}: early_stopping.early_stopping_patience must be at least 1"
 
 
 def _model(document: Document, model: Mapping[str, Any]) -> Iterator[str]:
-    named = _mapping(model.get("config")).get("problem_type")
+    named = mapping(model.get("config")).get("problem_type")
     if named not in (None, "regression", "single_label_classification"):
         place = document.where(("model", "config", "problem_type"))
         known = "single_label_classification and regression"
@@ -306,87 +265,13 @@ def _task(document: Document, task: object, data: Mapping[str, Any]) -> Iterator
                 yield f"{document.where((*key, name))}: {told}"
 
 
-def changes_base(initialisation: object) -> bool:
-    """Whether an initialisation of LoRA takes its part out of the base's weights."""
-    return isinstance(initialisation, str) and initialisation.startswith(_CHANGES_BASE)
-
-
-def _adapter(document: Document, values: Mapping[str, Any], *, complete: bool) -> Iterator[str]:
-    """Types and options of adapters that cannot be served, what a type needs, and nested configurations."""
-    adapter = _mapping(values.get("adapter"))
-    kind = str(adapter.get("peft_type"))
-    if kind not in upstream.peft_types() or "name_or_path" in adapter:
-        return
-    if kind in NO_TYPE:
-        yield f"{document.where(('adapter', 'peft_type'))}: adapter: {kind} {NO_TYPE[kind]}"
-        return
-    for name in _NEEDED.get(kind, ()) if complete else ():
-        if not adapter.get(name):
-            yield f"{document.where(('adapter',))}: adapter: {kind} needs {name}"
-    for name, value in adapter.items():
-        where = document.where(("adapter", name))
-        if (reason := _NOT_SERVED.get((kind, name))) and value:
-            yield f"{where}: adapter.{name} {reason}"
-        if name in NESTED and isinstance(value, dict):
-            title = f"adapter.{name} ({_class(NESTED[name])})"
-            yield from _Checking(document=document, homes={}).section(
-                value, upstream.fields(NESTED[name]), ("adapter", name), title
-            )
-    if kind == "SHADOW" and complete and adapter.get("auxiliary_loss_weight") != 0:
-        told = "adapter: SHADOW adds a loss of its own to the model's, which is not the one trained here"
-        yield f"{document.where(('adapter',))}: {told}; give auxiliary_loss_weight: 0"
-    known = upstream.fields(upstream.peft_types()[kind])
-    training = _mapping(values.get("training"))
-    for name in ("packing", "padding_free"):
-        if "num_virtual_tokens" in known and training.get(name):
-            told = f"training.{name}: {kind} puts its virtual tokens before a row, and packed documents would see each other"
-            yield f"{document.where(('training', name))}: {told}; set it false"
-    if kind == "ADALORA":
-        first, target = (adapter.get(name, known[name].default) for name in ("init_r", "target_r"))
-        if isinstance(first, int) and isinstance(target, int) and target > first:
-            place = document.where(("adapter", "target_r" if "target_r" in adapter else "init_r"))
-            yield f"{place}: adapter: target_r ({target}) is above init_r ({first}), and ranks are only taken away"
-    trains_tokens = "trainable_token_indices" in known or adapter.get("modules_to_save")
-    if _mapping(values.get("model")).get("added_tokens") and not trains_tokens:
-        told = f"{kind} would not train the rows of new tokens; use LORA, or name the embedding in adapter.modules_to_save"
-        yield f"{document.where(('model', 'added_tokens'))}: model.added_tokens: {told}"
-    yield from _initialisation(document, values, adapter)
-
-
-def _initialisation(document: Document, values: Mapping[str, Any], adapter: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with init_lora_weights."""
-    how = adapter.get("init_lora_weights")
-    if not isinstance(how, str):
-        return
-    where = f"{document.where(('adapter', 'init_lora_weights'))}: adapter.init_lora_weights:"
-    if how not in INITIALISATIONS and not re.fullmatch(r"pissa_niter_\d+", how):
-        known = (
-            did_you_mean(how, INITIALISATIONS) or f"; it is true, false, pissa_niter_N or one of {', '.join(INITIALISATIONS)}"
-        )
-        yield f"{where} peft has no {how!r}{known}"
-        return
-    quantization = _mapping(values.get("quantization"))
-    if how == "loftq":
-        if quantization.get("load_in_4bit") is not True:
-            yield f"{where} loftq makes up for a 4-bit base; add quantization.load_in_4bit: true, or use another"
-        nested, only = _mapping(adapter.get("loftq_config")), {"loftq_bits": 4, "loftq_iter": 1}
-        for name in (name for name in only if nested.get(name) not in (None, only[name])):
-            key = ("adapter", "loftq_config", name)
-            yield f"{document.where(key)}: {'.'.join(key)} is {only[name]} with a base in 4 bits"
-    elif changes_base(how) and quantization:
-        yield f"{where} {how} changes the base's weights, which quantised ones do not allow; use loftq, eva or true"
-    if values.get("task") == "preference" and (changes_base(how) or how == "loftq"):
-        told = f"{how} gives the base a part in the adapter, and preferences are learned against the base without it"
-        yield f"{where} {told}; use true, or continue from an adapter made with it"
-
-
 def _preference(document: Document, values: Mapping[str, Any]) -> Iterator[str]:
     """What only the task preference cannot do."""
     if values.get("task") != "preference":
         return
-    if _mapping(values.get("training")).get("padding_free"):
+    if mapping(values.get("training")).get("padding_free"):
         yield f"{document.where(('training', 'padding_free'))}: training.padding_free: TRL has turned it off for preferences"
-    if _mapping(values.get("model")).get("added_tokens") and values.get("adapter") is None:
+    if mapping(values.get("model")).get("added_tokens") and values.get("adapter") is None:
         told = (
             "the reference would begin with other rows for them than the trained model; give an adapter, or train them before"
         )
@@ -425,7 +310,7 @@ def _batch(document: Document, values: Mapping[str, Any], training: Mapping[str,
 
 
 def _data(document: Document, data: Mapping[str, Any]) -> Iterator[str]:
-    train, sets, holdout = data.get("train"), _mapping(data.get("evaluation")), data.get("holdout")
+    train, sets, holdout = data.get("train"), mapping(data.get("evaluation")), data.get("holdout")
     for name in sets:
         where = document.where(("data", "evaluation", name))
         if not re.match(EVALUATION_NAME, name):
@@ -442,20 +327,20 @@ def _data(document: Document, data: Mapping[str, Any]) -> Iterator[str]:
         yield from _seed(document, (*key, "sample_seed"), source)
         yield from _text_columns(document, (*key, "text_columns"), source)
     if isinstance(train, list):
-        weighted = [_mapping(source).get("weight") is not None for source in train]
+        weighted = [mapping(source).get("weight") is not None for source in train]
         if not train:
             yield f"{document.where(('data', 'train'))}: data.train is an empty list"
         if any(weighted) and not all(weighted):
             yield f"{document.where(('data', 'train'))}: data.train: give every source a weight, or none"
     yield from _text_columns(document, ("data", "text_columns"), data)
-    yield from _seed(document, ("data", "holdout", "seed"), _mapping(holdout))
+    yield from _seed(document, ("data", "holdout", "seed"), mapping(holdout))
     names = data.get("label_names")
     if isinstance(names, list) and len(set(map(str, names))) < len(names):
         yield f"{document.where(('data', 'label_names'))}: data.label_names names a label twice"
-    size = _mapping(holdout).get("size")
+    size = mapping(holdout).get("size")
     if isinstance(size, int | float) and not size > 0:
         yield f"{document.where(('data', 'holdout', 'size'))}: data.holdout.size must be above 0"
-    share, copies = (_mapping(data.get("augmentation")).get(name) for name in ("share", "copies"))
+    share, copies = (mapping(data.get("augmentation")).get(name) for name in ("share", "copies"))
     if isinstance(share, int | float) and not 0 < share <= 1:
         where = document.where(("data", "augmentation", "share"))
         yield f"{where}: data.augmentation.share must be above 0 and at most 1"
@@ -480,11 +365,6 @@ def _sources(data: Mapping[str, Any]) -> Iterator[tuple[Key, Mapping[str, Any]]]
     if isinstance(train, dict):
         yield ("data", "train"), train
     for index, source in enumerate(train if isinstance(train, list) else ()):
-        yield ("data", "train", str(index)), _mapping(source)
-    for name, source in _mapping(data.get("evaluation")).items():
-        yield ("data", "evaluation", name), _mapping(source)
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    """A value if it is a mapping; what else stands there is reported by its type."""
-    return value if isinstance(value, dict) else {}
+        yield ("data", "train", str(index)), mapping(source)
+    for name, source in mapping(data.get("evaluation")).items():
+        yield ("data", "evaluation", name), mapping(source)

@@ -52,9 +52,6 @@ def quiet_upstream() -> None:
     warnings.filterwarnings("ignore", message=r"`use_liger_kernel=True` is deprecated", category=FutureWarning)
     # transformers 5.23 renames it; TRL's configurations still set it by the old name
     warnings.filterwarnings("ignore", message=r"`gradient_checkpointing\w*` is deprecated", category=FutureWarning)
-    warnings.filterwarnings(
-        "ignore", message="_compile flag on create_block_mask", category=DeprecationWarning
-    )  # transformers'
     # peft 0.21 reads a name that transformers 5.23 renamed, DeepSpeed 0.19 calls functions that torch 2.13 renamed
     warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

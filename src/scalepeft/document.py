@@ -287,3 +287,8 @@ def _scalar(node: yaml.Node) -> Any:
     if kind == "float":  # Python writes .inf and .nan without the dot
         return float(text.replace(".", "") if text[-1].isalpha() else text)
     return text
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """A value if it is a mapping; what else stands there is reported by its type."""
+    return value if isinstance(value, dict) else {}
