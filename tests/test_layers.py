@@ -17,8 +17,9 @@ from scalepeft.cli import COMMANDS
 LAYERS = (
     ("errors", "upstream", "document", "console"),
     ("adapter_rules", "check", "recipe"),
-    ("run", "schema", "assets", "fetch", "cluster"),
+    ("launch", "ranks", "run", "schema", "assets", "fetch", "cluster"),
     (
+        "engines",
         "checkpoint",
         "sampler",
         "sources",

@@ -26,7 +26,7 @@ from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from scalepeft import upstream
+from scalepeft import engines, upstream
 from scalepeft.adapter_rules import NESTED, changes_base
 from scalepeft.initialisations import AFTER, BEFORE, Examples, needed
 from scalepeft.recipe import Recipe
@@ -178,6 +178,17 @@ def save(
     config.alpha_pattern = {name: grown * alpha for name, alpha in config.alpha_pattern.items()}
     config.save_pretrained(folder)
     return tensors
+
+
+def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a model whose parameters are held in parts by several processes, all of which call this.
+
+    What is saved has its full shape on rank 0: of an adapted model the adapter, else all. The frozen base stays in parts.
+    """
+    state = model.state_dict()
+    saved = state if not isinstance(model, PeftModel) else get_peft_model_state_dict(model, state, save_embedding_layers=True)
+    kept = {id(tensor) for tensor in saved.values()}
+    return state | engines.whole(model, {name for name, tensor in state.items() if id(tensor) in kept})
 
 
 def copy_reference(model: Any) -> None:

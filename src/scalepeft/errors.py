@@ -3,7 +3,8 @@
 ScalepeftError
 ├── UserError       the user's to mend: one line a problem, exit status 2
 ├── Interrupted     stopped on request with everything saved: exit status 130
-└── RunFailed       the run itself went wrong (a reloaded adapter that answers differently): exit status 1
+├── RunFailed       the run itself went wrong (a reloaded adapter that answers differently): exit status 1
+└── Told            another process of the launch has told it, or this one has: nothing more is printed
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 
@@ -39,6 +39,14 @@ class Interrupted(ScalepeftError):
 
 class RunFailed(ScalepeftError):
     """The run finished but must not be trusted; the message says why."""
+
+
+class Told(ScalepeftError):
+    """The launch ends on an error that has been printed already."""
+
+    def __init__(self, exit_status: int) -> None:
+        super().__init__()
+        self.exit_status = exit_status
 
 
 def one_line(error: BaseException) -> str:
@@ -95,21 +103,16 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 
 
 def program(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> int:
-    """Run a command's main function and return its exit status, with errors as lines on stderr.
-
-    Of several launched processes only rank 0 speaks, for all of them meet the same error.
-    """
-    speaks = os.environ.get("RANK", "0") == "0"
+    """Run a command's main function and return its exit status, with errors as lines on stderr."""
     try:
         return main(sys.argv[1:] if arguments is None else arguments) or 0
+    except Told as error:
+        return error.exit_status
     except ScalepeftError as error:
-        if speaks:
-            print(error, file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # a launcher ends all processes when the first leaves: rank 0 must have spoken by then
+        print(error, file=sys.stderr, flush=True)
         return error.exit_status
     except KeyboardInterrupt:
-        if speaks:
+        if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr, flush=True)
         return 130
     except BrokenPipeError:  # `scalepeft ... | head`: the reader has seen enough

@@ -28,6 +28,7 @@ from scalepeft import adapters
 from scalepeft.errors import RunFailed, did_you_mean, one_line
 from scalepeft.fetch import asset_path
 from scalepeft.initialisations import Examples
+from scalepeft.launch import on_cpu
 from scalepeft.recipe import Recipe
 from scalepeft.refusals import upstream_errors
 from scalepeft.run import Run
@@ -37,7 +38,7 @@ adapter_path = adapters.adapter_path
 
 if not sys.stderr.isatty():
     upstream_logging.disable_progress_bar()  # of loading weights: a bar in a log file is noise
-if not torch.accelerator.is_available():
+if on_cpu() or not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of what it otherwise finds out by itself
 
 
@@ -178,8 +179,8 @@ def load(run: Run) -> Trained:
 
 def device() -> torch.device:
     """The accelerator of this process, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+    usable = torch.accelerator.is_available() and not on_cpu()
+    return (torch.accelerator.current_accelerator() if usable else None) or torch.device("cpu")
 
 
 def precision(recipe: Recipe) -> contextlib.AbstractContextManager[object]:

@@ -349,7 +349,12 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Python, platform and the installed versions of the packages that shape a result."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    return {"platform": platform.platform(), **packages()}
+
+
+def packages() -> dict[str, str]:
+    """Python and the installed versions of the packages that shape a result."""
+    found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from scalepeft import launch, ranks, upstream
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
-from scalepeft import upstream
 from scalepeft.console import note, quiet_upstream, say, speaks
 from scalepeft.errors import Interrupted, did_you_mean, one_line, program
 from scalepeft.fetch import asset_path, missing_inputs, offline_if_unreachable
@@ -35,14 +35,21 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`scalepeft train RECIPE [section.key=value ...] [--fresh]`."""
+    """`scalepeft train RECIPE [section.key=value ...] [--fresh] [--launch LAYOUT ...]`."""
     parser = argparse.ArgumentParser(prog="scalepeft train", description="Train, evaluate, save and verify a recipe.")
     parser.add_argument("recipe", help="a recipe file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values to change, in YAML")
     parser.add_argument("--fresh", action="store_true", help="move an existing run directory aside and start anew")
+    launch.add_options(parser)
     options = parser.parse_intermixed_args(arguments)
-    recipe = recipes.load(options.recipe, options.overrides)
-    run = train(recipe, fresh=options.fresh)
+    with ranks.one_voice():
+        launch.heed_the_launcher()
+        recipe = recipes.load(options.recipe, options.overrides)
+        given = [options.recipe, *options.overrides, *(["--fresh"] if options.fresh else [])]
+        line = launch.chosen_line(options, "scalepeft.train", given)
+        if line is not None and runs.inspect(recipe, fresh=options.fresh) in ("new", "unfinished"):
+            return launch.start(line)
+        run = train(recipe, fresh=options.fresh)
     if run.record.get("status") != "complete" and speaks():
         _verify_in_place_of_this(run)
     return 0
@@ -54,23 +61,26 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
     Called by every process of a launch. A run that is complete, or trained and only not yet verified, is returned as it
     is. Raises UserError for what the user can mend and Interrupted when asked to stop: the same call then resumes.
     """
+    quiet_upstream()
     run = Run(recipe.output_dir)
     state = runs.inspect(recipe, fresh=fresh)
+    ranks.agree({"run directory": state, "recipe": recipes.flatten(recipe.resolved()), "installation": runs.packages()})
     if state == "complete":
         say(f"{run.path}: is complete already; --fresh moves it aside and trains anew")
     if state in ("complete", "trained"):
         return run
     missing_inputs(recipe)
     offline_if_unreachable(recipe)
-    quiet_upstream()
 
     from transformers import set_seed
 
-    from scalepeft import data, kinds, model
+    from scalepeft import data, engines, kinds, model
     from scalepeft.session import session
 
+    engines.make_ready()
     tokenizer = model.tokenizer(recipe)
     corpus = data.prepare(recipe, tokenizer, limit=model.longest_input(recipe, tokenizer))
+    ranks.agree({"data": {name: prepared.key for name, prepared in corpus.sets.items()}})
     # several processes form their group here, after all preparation
     arguments = _arguments(recipe, run, resumed=state == "unfinished")
     set_seed(arguments.seed)
@@ -87,6 +97,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
     parameters = model.parameters(built)  # before DPOTrainer adds its copy of the adapter
     with _refusals(recipe, run):
         trainer = kinds.trainer(recipe, model=built, args=arguments, task=task, run=run, corpus=corpus)
+        engines.check(recipe, trainer.accelerator.distributed_type.value)
         trainer.make_optimizer()
     with session(recipe, run, corpus, trainer, fresh=fresh) as checkpoint:
         _record_start(recipe, run, corpus, trainer, parameters)
@@ -107,9 +118,10 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     import torch
     from transformers.integrations import get_available_reporting_integrations
 
+    on_cpu = launch.on_cpu() or not torch.accelerator.is_available()
     given: dict[str, Any] = {
-        "use_cpu": not torch.accelerator.is_available(),  # without it upstream refuses bf16 on a CPU
-        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "use_cpu": on_cpu,  # without it upstream refuses bf16 on a CPU
+        "dataloader_pin_memory": not on_cpu,
         "hub_private_repo": True,
         "label_names": ["labels"],
         "restore_callback_states_from_checkpoint": recipe.early_stopping is not None,

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from scalepeft import adapters
+from scalepeft import adapters, engines
 from scalepeft.adalora import RankAllocation, allocates_ranks, load_ranks_state, orthogonality, ranks_may_be_zero, ranks_state
 from scalepeft.callbacks import SPEED, Progress
 from scalepeft.checkpoint import load_state, publish, save_state
@@ -105,6 +105,7 @@ class RecipeTraining(Trainer):  # type: ignore[misc]
 
     def make_optimizer(self) -> None:
         """Make the optimizer, and a scheduler to try its options: what upstream refuses it refuses before the run is opened."""
+        engines.before_fsdp(self.accelerator, self.model)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # theirs come with the engine
             return
         self.create_optimizer()
@@ -186,6 +187,13 @@ class RecipeTraining(Trainer):  # type: ignore[misc]
         return figures
 
     # --- checkpoints: no pickles, published last ----------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As upstream's, which gathers the frozen base, too (FSDP), or copies all of the model (ZeRO-1 and ZeRO-2)."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self._save(output_dir, state_dict=adapters.whole(model) if engines.in_parts(model) else None)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # as upstream, without training_args.bin: a pickle of all arguments, which nothing here reads
