@@ -167,11 +167,14 @@ def test_eva_gives_ranks_by_what_the_rows_explain(chat, train):
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["eva", "lora_ga"])
 def test_an_initialisation_by_data_does_not_depend_on_the_processes(toy, train, how):
-    from test_layout import EXACT, LAYOUTS, launched
+    from test_layout import LAYOUTS, STILL, launched
 
     adapter = LORA | {"init_lora_weights": how, "target_modules": ["query", "value"]}
-    made = {name: toy(name, model=EXACT["model"], adapter=adapter, training=LAYOUTS[name]) for name in ("1x16", "2x8")}
-    one, two = train(made["1x16"]), launched(made["2x8"])
+    made = {
+        name: toy(name, model={"config": STILL}, adapter=adapter, training=LAYOUTS[name].training) for name in ("1x16", "2x8")
+    }
+    launched([made["2x8"]], LAYOUTS["2x8"].file)
+    one, two = train(made["1x16"]), Run(made["2x8"].with_suffix(""))
     saved = [load_file(run.path / "adapter/adapter_model.safetensors") for run in (one, two)]
     assert [(name, tensor.shape) for name, tensor in saved[0].items()] == [(n, t.shape) for n, t in saved[1].items()]
     for name, tensor in saved[0].items():

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_layout import CLOSE, LAYOUTS, figures, launched, weights
+from test_layout import CLOSE, LAYOUTS, figures
 
 from scalepeft import predict
 from scalepeft.console import quiet_upstream
@@ -28,8 +28,7 @@ def layout(chat, train):
     """Train the tiny language model on a layout by its name."""
 
     def run(name: str, task: str = "causal-lm", **training) -> Run:
-        recipe = chat(name, task=task, training={**LAYOUTS[name], "learning_rate": 1e-3, **training})
-        return launched(recipe) if name == "2x8" else train(recipe)
+        return train(chat(name, task=task, training={**LAYOUTS[name].training, "learning_rate": 1e-3, **training}))
 
     return run
 
@@ -42,52 +41,7 @@ def refusal(train, recipe, *overrides: str) -> str:
     return str(caught.value)
 
 
-# --- the loss is that of the tokens, whatever the layout ------------------------------------------------------------
-
-# 44 rows of 12 to 60 tokens: two steps of 16 and one of 12, which 2 x 8 does not divide evenly
-
-
-def check_same_numbers(run: Run, other: Run) -> None:
-    assert run.record["layout"]["global_batch_size"] == other.record["layout"]["global_batch_size"] == 16
-    torch.testing.assert_close(figures(run, "loss", "grad_norm"), figures(other, "loss", "grad_norm"), rtol=CLOSE, atol=1e-6)
-    torch.testing.assert_close(figures(run, "eval_loss"), figures(other, "eval_loss"), rtol=CLOSE, atol=1e-6)
-    assert (weights(run) - weights(other)).norm() / weights(other).norm() < CLOSE
-
-
-@pytest.mark.parametrize("task", LANGUAGE)
-def test_accumulation_changes_no_number(layout, task):
-    check_same_numbers(layout("4x4", task), layout("1x16", task))
-
-
-@pytest.mark.parametrize("task", LANGUAGE)
-def test_two_processes_change_no_number(layout, task):
-    run = layout("2x8", task)
-    assert run.record["layout"]["processes"] == 2
-    check_same_numbers(run, layout("1x16", task))
-
-
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-ZERO = """
-distributed_type: DEEPSPEED
-use_cpu: true
-num_processes: 2
-deepspeed_config:
-  {{zero_stage: {stage}, gradient_accumulation_steps: auto, zero3_init_flag: true, zero3_save_16bit_model: true}}
-"""
-
-
-@pytest.mark.long
-def test_qlora_gives_the_same_numbers_under_ddp_and_zero(chat, train, tmp_path):
-    training = {"learning_rate": 1e-3, "optim": "paged_adamw_32bit"}
-    alone = train(chat("alone", quantization=NF4, training={**training, **LAYOUTS["1x16"]}))
-    runs = [launched(chat("ddp", quantization=NF4, training={**training, **LAYOUTS["2x8"]}))]
-    for stage in (2, 3):
-        (tmp_path / f"zero{stage}.yaml").write_text(ZERO.format(stage=stage))
-        recipe = chat(f"run{stage}", quantization=NF4, training={**training, **LAYOUTS["2x8"]})
-        runs.append(launched(recipe, tmp_path / f"zero{stage}.yaml"))
-    assert [run.record["layout"]["engine"] for run in runs] == ["MULTI_CPU", "DEEPSPEED", "DEEPSPEED"]
-    for run in runs:
-        check_same_numbers(run, alone)
+# --- the loss is that of the tokens; on other layouts: test_layout -------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", LANGUAGE)

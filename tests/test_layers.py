@@ -16,7 +16,7 @@ from scalepeft.cli import COMMANDS
 
 LAYERS = (
     ("errors", "upstream", "document", "console"),
-    ("adapter_rules", "check", "recipe"),
+    ("adapter_rules", "stream_rules", "check", "recipe"),
     ("launch", "ranks", "run", "schema", "assets", "fetch", "cluster"),
     (
         "engines",
@@ -30,6 +30,7 @@ LAYERS = (
         "augment",
         "prepared",
         "packing",
+        "streams",
         "data",
         "refusals",
         "initialisations",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from scalepeft import adapter_rules, upstream
+from scalepeft import adapter_rules, stream_rules, upstream
 from scalepeft.document import Document, Key, mapping
 from scalepeft.errors import did_you_mean
 from scalepeft.upstream import Field, Type
@@ -24,6 +24,9 @@ REFUSED = {
     "hub_token": "is a secret and recipes are copied into run directories; set HF_TOKEN or use `hf auth login`",
     "resume_from_checkpoint": "is not needed: a run resumes by itself, and adapter.name_or_path continues from an adapter",
     "local_rank": "is the launcher's to say",
+    "deepspeed": "is the launcher's to say: --launch zero3, or a launch file with deepspeed_config_file",
+    "fsdp": "is the launcher's to say: --launch fsdp2",
+    "fsdp_config": "is the launcher's to say: --launch fsdp2, or a launch file with fsdp_config",
     "model_init_kwargs": "is the section model",
     "trust_remote_code": "stands in the section model",
     "dataset_text_field": "is data.columns: {text: NAME}",
@@ -216,6 +219,7 @@ def _across(document: Document, values: Mapping[str, Any], *, complete: bool) ->
     yield from _training(document, training, upstream.fields(str(forwarded_sections(values)["training"])))
     yield from _batch(document, values, training)
     yield from _data(document, data)
+    yield from stream_rules.problems(document, values)
     yield from _task(document, values.get("task"), data)
     yield from _preference(document, values)
     yield from adapter_rules.problems(document, values, complete=complete)

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
 
-from scalepeft import augment, upstream
+from scalepeft import augment, streams, upstream
 from scalepeft import labels as labelling
 from scalepeft.conversations import Conversations
 from scalepeft.dialogues import COLUMNS, FORMS, recognise
@@ -22,6 +23,7 @@ from scalepeft.preferences import Preferences
 from scalepeft.prepared import Chosen, Encoder, Integers, Part, Preparation, Prepared, Texts, choose, tokenizer_digest
 from scalepeft.recipe import Recipe, Source
 from scalepeft.sources import Bad, Fail, Records, Wanted, open_source
+from scalepeft.streams import Streamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 class Corpus:
     """All rows of a recipe."""
 
-    train: Prepared | None
+    train: Prepared | Streamed | None
     evaluation: Mapping[str, Prepared]
     """By name, the main set first."""
     label_names: list[str]
@@ -40,9 +42,20 @@ class Corpus:
     """By the path of each source: the commit of a Hub id, the sha256 of a file; by WordNet's folder: its version and sha256."""
 
     @property
-    def sets(self) -> dict[str, Prepared]:
+    def sets(self) -> dict[str, Prepared | Streamed]:
         """The training rows under the name `train`, when they were asked for, and the evaluation sets."""
         return ({"train": self.train} if self.train else {}) | dict(self.evaluation)
+
+    @property
+    def first_seen(self) -> Any:
+        """The training rows as upstream's trainers look at them when they are made: of a stream, its first."""
+        assert self.train is not None  # noqa: S101  # what is trained has rows
+        return datasets.Dataset.from_dict(self.train.rows[[0]]) if isinstance(self.train, Streamed) else self.train.rows
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the training rows are read while training."""
+        return isinstance(self.train, Streamed)
 
 
 def prepare(
@@ -57,6 +70,8 @@ def prepare(
 
     `limit` is the model's longest input in tokens. `label_names`, those of a trained model, stand above the recipe's.
     """
+    if recipe.streams:
+        return _streamed(recipe, tokenizer, limit, need_train=need_train, label_names=label_names)
     parts = {key: _part(recipe, key, source) for key, source in sources(recipe)}
     training = [part for key, part in parts.items() if not key.startswith("data.evaluation.")]
     preparation = Preparation(recipe, encoder(recipe, tokenizer, limit))
@@ -82,6 +97,32 @@ def prepare(
         label_names=labels.names,
         revisions={part.source.path: part.opened.revision for part in parts.values()}
         | ({str(augmenter.wordnet.folder): augmenter.wordnet.version} if augmenter else {}),
+    )
+
+
+def _streamed(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, limit: int, *, need_train: bool, label_names: Sequence[str] | None
+) -> Corpus:
+    """As `prepare`, for training rows that are read while training; the evaluation sets are prepared as ever."""
+    train = recipe.data.train
+    assert isinstance(train, Source)  # noqa: S101  # the caller's condition
+    fail = _failing(recipe, "data.train", train)
+    wanted = _wanted(recipe, train, fail)
+    opened, tables = streams.open_stream(train, wanted)
+    labels = labelling.declared(recipe, [opened], label_names)
+    if labels is None:
+        raise recipe.error("data.train.streaming", "the labels are not known before the rows are read; give data.label_names")
+    encoding = encoder(recipe, tokenizer, limit)
+    part = Part(source=train, wanted=wanted, opened=opened)
+    evaluation, parts = {}, {"data.train": part}
+    for name, source in recipe.data.evaluation.items():
+        parts[name] = _part(recipe, f"data.evaluation.{name}", source)
+        evaluation[name], _ = Preparation(recipe, encoding)(name, [parts[name]], labels)
+    return Corpus(
+        train=streams.streamed(recipe, part, tables, labels, encoding) if need_train else None,
+        evaluation=evaluation,
+        label_names=labels.names,
+        revisions={part.source.path: part.opened.revision for part in parts.values()},
     )
 
 
@@ -187,12 +228,18 @@ def _wanted(recipe: Recipe, source: Source, fail: Fail) -> Wanted:
     return Wanted(texts=[texts] if isinstance(texts, str) else texts, label=label, label_optional=False, fail=fail)
 
 
-def _part(recipe: Recipe, key: str, source: Source) -> Part:
+def _failing(recipe: Recipe, key: str, source: Source) -> Fail:
+    """What makes the errors of one source."""
+
     def fail(name: str, problem: str) -> UserError:
         shared = getattr(source, name) is None and name in recipe.resolved()["data"]
         return recipe.error(f"data.{name}" if shared else f"{key}.{name}", problem)
 
-    wanted = _wanted(recipe, source, fail)
+    return fail
+
+
+def _part(recipe: Recipe, key: str, source: Source) -> Part:
+    wanted = _wanted(recipe, source, _failing(recipe, key, source))
     return Part(source=source, wanted=wanted, opened=open_source(source, wanted))
 
 

@@ -196,7 +196,7 @@ class SupervisedTrainer(LanguageTraining, SFTTrainer):  # type: ignore[misc]
                 model=model,
                 args=args,
                 processing_class=task.tokenizer,
-                train_dataset=corpus.sets["train"].rows,
+                train_dataset=corpus.first_seen,
                 eval_dataset={name: prepared.rows for name, prepared in corpus.evaluation.items()} or None,
                 compute_metrics=self._compute_metrics,
             )
@@ -229,7 +229,7 @@ class PreferenceTrainer(LanguageTraining, DPOTrainer):  # type: ignore[misc]
                 args=args,
                 processing_class=task.tokenizer,
                 data_collator=task.collate,
-                train_dataset=corpus.sets["train"].rows,
+                train_dataset=corpus.first_seen,
                 eval_dataset={name: prepared.rows for name, prepared in corpus.evaluation.items()} or None,
                 compute_metrics=self._compute_metrics,
             )

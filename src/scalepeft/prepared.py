@@ -11,6 +11,8 @@ import json
 import math
 import os
 import shutil
+import socket
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -73,6 +75,8 @@ class Prepared:
     """The cache key."""
     reused: bool
     """Whether the rows were found in the cache."""
+    written: Mapping[str, str]
+    """Which machine prepared them, and an id of that preparation: processes that share a cache see one and the same."""
     truncated: int = 0
     """Rows of conversations that were cut at training.max_length."""
     documents: int = 0
@@ -208,6 +212,7 @@ def _bring(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, A
     try:
         info = write(beside)
         info["bytes"] = (beside / "rows.arrow").stat().st_size
+        info["written"] = {"host": socket.gethostname(), "id": uuid.uuid4().hex}
         with (beside / "info.json").open("w", encoding="utf-8") as stream:
             json.dump(info, stream, indent=1)
             stream.flush()
@@ -261,6 +266,29 @@ def kept(columns: Mapping[str, list[Any]], problems: Sequence[Bad | None]) -> di
     return {name: [v for v, bad in zip(vs, problems, strict=True) if bad is None] for name, vs in columns.items()}
 
 
+def refusal(recipe: Recipe, dropped: Counter[str], paths: str, listed: Sequence[str]) -> UserError:
+    """The error of rows that cannot be used, some of which are `listed`."""
+    count, more = dropped.total(), dropped.total() - _LISTED
+    which = f"{count:,} rows" if count > 1 else "1 row"
+    unlisted = f" ({more:,} more than the {_LISTED} above)" if more > 0 else ""
+    hint = "to leave such rows out, and have them counted, set data.on_bad_rows: drop"
+    told = recipe.error("data.on_bad_rows", f"{which} of {paths} cannot be used{unlisted}; {hint}")
+    return UserError(*listed, str(told))
+
+
+def usable(
+    chosen: Chosen, rows: Integers, numbers: list[int | Bad], encoder: Encoder
+) -> tuple[dict[str, list[Any]], list[tuple[str, Bad]]]:
+    """Some rows of a source, tokenised, as columns with their numbers in the source; and the others, with their places."""
+    texts = [_take(column, rows) for column in chosen.table.texts]
+    good, bad = _sorted_out(chosen, rows.tolist(), texts, numbers)
+    if not good["row"]:
+        return {"row": []}, bad
+    columns, problems = encoder.encode(good, chosen)
+    bad += [(_place(chosen, row), p) for row, p in zip(good["row"], problems, strict=True) if p is not None]
+    return {**columns, "row": kept(good, problems)["row"]}, bad
+
+
 class Preparation:
     """Turns sources into rows on disk, with one encoder."""
 
@@ -285,6 +313,7 @@ class Preparation:
             source=described,
             key=key,
             reused=reused,
+            written=info.get("written", {}),
             copies=augmenter.copies if augmenter else 0,
         )
         return prepared, labels or Labels(names=info["label_names"], declared=False)
@@ -328,20 +357,13 @@ class Preparation:
             os.fsync(stream.fileno())
         paths = ", ".join(c.part.source.path for c in chosen)
         if dropped and not self.drop:
-            raise UserError(*listed, str(self._refusal(dropped, paths)))
+            raise refusal(self.recipe, dropped, paths, listed)
         if not written:
             why = "; ".join(f"{reason}: {count:,}" for reason, count in dropped.items())
             raise chosen[0].part.wanted.fail("path", f"no rows are left of {paths}{f' ({why})' if why else ''}")
         counts = [{"rows": len(c.table), "taken": len(c.rows)} for c in chosen]
         found = {"label_names": labels.names, "rows": written, "dropped": dropped, "truncated": truncated}
         return {**found, "sources": counts}
-
-    def _refusal(self, dropped: Counter[str], paths: str) -> UserError:
-        count, more = dropped.total(), dropped.total() - _LISTED
-        which = f"{count:,} rows" if count > 1 else "1 row"
-        unlisted = f" ({more:,} more than the {_LISTED} above)" if more > 0 else ""
-        hint = "to leave such rows out, and have them counted, set data.on_bad_rows: drop"
-        return self.recipe.error("data.on_bad_rows", f"{which} of {paths} cannot be used{unlisted}; {hint}")
 
     def _rows(
         self, chosen: Sequence[Chosen], labels: Labels, augmenter: Augmenter | None

@@ -69,6 +69,9 @@ def preview(recipe: Recipe, *, rows: int = 3, name: str = "train", marks: Marks 
         raise UserError(f"command line: --set {name!r}: the recipe has no such set{near}")
     if rows < 0:
         raise UserError(f"command line: -n is {rows}; it is 0 or more")
+    if recipe.streams:
+        told = "is read while training; data.train.streaming=false with data.train.first_rows=1000 shows its beginning"
+        raise recipe.error("data.train.streaming", told)
     missing_inputs(recipe)
     offline_if_unreachable(recipe)
     quiet_upstream()
@@ -81,7 +84,7 @@ def preview(recipe: Recipe, *, rows: int = 3, name: str = "train", marks: Marks 
     corpus = data.prepare(recipe, tokenizer, limit=window)
     limit = data.language_limit(recipe, window) if recipe.generative else min(recipe.data.max_length or window, window)
     shown = Shown(recipe=recipe, tokenizer=tokenizer, corpus=corpus, limit=limit, marks=marks)
-    prepared = corpus.sets[name]
+    prepared = shown.sets[name]
     if rows:
         yield f"{marks.told}; ↵ ends a line of the row\n" if recipe.generative else "tokens, with a blank between them\n"
         places = np.unique(np.linspace(0, len(prepared.rows) - 1, num=rows, dtype=np.int64))
@@ -100,6 +103,13 @@ class Shown:
     limit: int
     """The longest row in tokens."""
     marks: Marks
+
+    @property
+    def sets(self) -> dict[str, Prepared]:
+        """The sets by their names: none of them is a stream."""
+        from scalepeft.prepared import Prepared
+
+        return {name: prepared for name, prepared in self.corpus.sets.items() if isinstance(prepared, Prepared)}
 
     # --- one row ---------------------------------------------------------------------------------------------------
 
@@ -192,7 +202,7 @@ class Shown:
 
     def figures(self) -> str:
         """What a reader should know of the sets before they are trained on: a column for each."""
-        columns = {name: self._of_set(prepared) for name, prepared in self.corpus.sets.items()}
+        columns = {name: self._of_set(prepared) for name, prepared in self.sets.items()}
         names = list(dict.fromkeys(figure for column in columns.values() for figure in column))
         rows = [(name, *(column.get(name, "-") for column in columns.values())) for name in names]
         return table([("", *columns), *rows])

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from scalepeft.errors import RunFailed, ScalepeftError, Told, UserError, one_line
+from scalepeft.errors import RunFailed, ScalepeftError, Told, UserError
 
 _POLL = 0.1  # seconds
 _HEAD_START = 1.0
@@ -112,7 +112,7 @@ def _shown(error: Exception) -> str:
     if isinstance(error, ScalepeftError):
         return f"{where}{error}"
     if "gloo/transport" in str(error) or type(error).__name__ in ("DistNetworkError", "DistStoreError", "DistBackendError"):
-        return f"{where}another process of the launch is gone ({one_line(error)}); the launcher tells which"
+        return f"{where}another process of the launch is gone; the launcher tells which"
     return f"{where}{''.join(traceback.format_exception(error)).rstrip()}"
 
 

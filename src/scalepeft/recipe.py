@@ -69,6 +69,10 @@ class Source:
     """Take N rows drawn without replacement with sample_seed, in the order of the source."""
     sample_seed: int = 42
     """The seed of sample_rows."""
+    streaming: bool = False
+    """Read the training rows while training, not before: for what is too large to be prepared. Needs training.max_steps."""
+    buffer_size: int = 10_000
+    """Streaming: the order of the rows is drawn within windows of so many; 1 keeps that of the source."""
     weight: float | None = None
     """The share of this source among several; the largest mixture that repeats no row is drawn."""
 
@@ -191,6 +195,11 @@ class Recipe:
         """Mixed precision: bf16, fp16 or no. TRL's configurations take bf16 when nothing is said."""
         default = "bf16" if self.generative and self.training.get("bf16") is None and not self.training.get("fp16") else "no"
         return next((name for name in ("bf16", "fp16") if self.training.get(name)), default)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the training rows are read while training."""
+        return isinstance(self.data.train, Source) and self.data.train.streaming
 
     @property
     def regression(self) -> bool:

@@ -7,6 +7,7 @@ Files are not read through `load_dataset`: its reader turns the texts "null", "N
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from array import array
@@ -222,7 +223,7 @@ def _open_file(source: Source, path: Path, suffix: str, wanted: Wanted) -> Opene
         with _parquet_errors(path, wanted):
             schema = pq.read_schema(path)
         wanted.label_in(schema.names)
-        names = _class_names(datasets.Features.from_arrow_schema(schema), wanted)
+        names = class_names(datasets.Features.from_arrow_schema(schema), wanted)
     readers: dict[str, Callable[[Path, Wanted], Table]] = {
         ".csv": partial(_read_csv, delimiter=","),
         ".tsv": partial(_read_csv, delimiter="\t"),
@@ -247,6 +248,9 @@ class _Columns:
         self._seen: dict[Any, Any] = {}
         self._lines = array("q")
         self._broken: dict[int, Bad] = {}
+
+    def __len__(self) -> int:
+        return len(self._lines)
 
     def add(self, texts: Sequence[Any], label: object, line: int, bad: Bad | None = None) -> None:
         row = len(self._lines)
@@ -300,6 +304,12 @@ def shown(value: object) -> str:
 
 
 def _read_csv(path: Path, wanted: Wanted, *, delimiter: str) -> Table:
+    (table,) = csv_tables(path, wanted, delimiter=delimiter)
+    return table
+
+
+def csv_tables(path: Path, wanted: Wanted, *, delimiter: str, rows: int | None = None) -> Iterator[Table]:
+    """A text file of fields as tables of so many rows, the last with what is left; as one table when `rows` is None."""
     csv.field_size_limit(2**31 - 1)  # the module's own limit of 131,072 characters is no property of the format
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
@@ -322,15 +332,37 @@ def _read_csv(path: Path, wanted: Wanted, *, delimiter: str) -> Table:
                     detail = f"it has {len(row)} field{'s' * (len(row) != 1)}, the header has {len(header)}"
                     columns.add(nothing, None, start, Bad(reason=RAGGED, detail=detail))
                 start = reader.line_num + 1
+                if len(columns) == rows:
+                    yield columns.table(wanted.usual(header))
+                    columns = _Columns(wanted.width, labelled=label_at is not None)
         except csv.Error as error:
             reason = "a quote is opened and not closed" if "unexpected end of data" in str(error) else one_line(error)
             raise wanted.fail("path", f"{path}:{start}: not {path.suffix[1:]}: {reason}, in the row that starts here") from None
-    return columns.table(wanted.usual(header))
+    if rows is None or len(columns):
+        yield columns.table(wanted.usual(header))
 
 
 def _read_jsonl(path: Path, wanted: Wanted) -> Table:
     with path.open("rb") as stream:
         return _from_objects(_json_lines(stream), wanted)
+
+
+def jsonl_tables(path: Path, wanted: Wanted, *, rows: int) -> Iterator[Table]:
+    """A file of JSON lines as tables of so many rows, the last with what is left."""
+    with path.open("rb") as stream:
+        lines = _json_lines(stream)
+        while chunk := list(itertools.islice(lines, rows)):
+            yield _from_objects(chunk, wanted)
+
+
+def parquet_tables(path: Path, wanted: Wanted, *, rows: int) -> Iterator[Table]:
+    """A parquet file as tables of so many rows, the last with what is left."""
+    with _parquet_errors(path, wanted):
+        file = pq.ParquetFile(path)
+        there = file.schema_arrow.names
+        label = wanted.label_in(there)
+        for batch in file.iter_batches(rows, columns=wanted.columns_in(there)):
+            yield from_arrow(pa.Table.from_batches([batch]), label, wanted)
 
 
 def _json_lines(stream: BinaryIO) -> Iterator[tuple[int, Any, Bad | None]]:
@@ -398,10 +430,11 @@ def _read_parquet(path: Path, wanted: Wanted) -> Table:
     there = pq.read_schema(path).names
     with _parquet_errors(path, wanted):
         table = pq.read_table(path, columns=wanted.columns_in(there))
-    return _from_arrow(table, wanted.label_in(there), wanted)
+    return from_arrow(table, wanted.label_in(there), wanted)
 
 
-def _from_arrow(table: pa.Table, label: str | None, wanted: Wanted) -> Table:
+def from_arrow(table: pa.Table, label: str | None, wanted: Wanted) -> Table:
+    """The wanted columns of an Arrow table."""
     if isinstance(wanted, Records):
         rows = (pa.array([wanted.row(item)[0] for item in b.to_pylist()], pa.large_string()) for b in table.to_batches(_CHUNK))
         return Table(texts=[pa.chunked_array(rows, pa.large_string())], labels=None, columns=wanted.usual(table.column_names))
@@ -418,7 +451,8 @@ def _from_arrow(table: pa.Table, label: str | None, wanted: Wanted) -> Table:
     return Table(texts=texts, labels=table.column(label) if label is not None else None)
 
 
-def _class_names(features: datasets.Features, wanted: Wanted) -> list[str] | None:
+def class_names(features: datasets.Features, wanted: Wanted) -> list[str] | None:
+    """The label names that a data set declares."""
     feature = features.get(wanted.label)
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
@@ -460,7 +494,7 @@ def _open_hub(source: Source, wanted: Wanted) -> Opened:
     try:
         found = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except Exception as error:  # huggingface_hub raises its own errors, httpx's, datasets' and the system's
-        raise _hub_error(source, error, wanted.fail) from error
+        raise hub_error(source, error, wanted.fail) from error
     rows = found if isinstance(found, datasets.Dataset) else _one_split(found, source, wanted)
     folders = {Path(f["filename"]).parent.name for f in rows.cache_files}
     commit = next((f for f in folders if re.fullmatch(r"[0-9a-f]{40}", f)), None)
@@ -468,7 +502,8 @@ def _open_hub(source: Source, wanted: Wanted) -> Opened:
     return _from_dataset(source, rows, f"hub {source.path} {rows._fingerprint}", revision, wanted)  # noqa: SLF001
 
 
-def _hub_error(source: Source, error: Exception, fail: Fail) -> UserError:
+def hub_error(source: Source, error: Exception, fail: Fail) -> UserError:
+    """What keeps a data set of the Hub away, in one line."""
     text, cache = one_line(error), datasets.config.HF_DATASETS_CACHE
     if found := re.search(r'Unknown split "(.*?)"\. Should be one of \[(.*?)\]', text):
         split, there = found[1], re.findall(r"'(.*?)'", found[2])
@@ -490,6 +525,6 @@ def _from_dataset(source: Source, rows: datasets.Dataset, identity: str, revisio
         plain = rows.select_columns(wanted.columns_in(rows.column_names))
         if plain._indices is not None:  # noqa: SLF001  # rows chosen by an index, which the Arrow table does not show
             plain = plain.flatten_indices()
-        return _from_arrow(plain.data.table, label, wanted)
+        return from_arrow(plain.data.table, label, wanted)
 
-    return Opened(path=source.path, identity=identity, revision=revision, names=_class_names(rows.features, wanted), read=read)
+    return Opened(path=source.path, identity=identity, revision=revision, names=class_names(rows.features, wanted), read=read)

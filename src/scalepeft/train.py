@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from scalepeft.data import Corpus
     from scalepeft.prepared import Prepared
+    from scalepeft.streams import Streamed
     from scalepeft.tasks import Task
     from scalepeft.trainer import RecipeTraining
 
@@ -80,7 +82,12 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
     engines.make_ready()
     tokenizer = model.tokenizer(recipe)
     corpus = data.prepare(recipe, tokenizer, limit=model.longest_input(recipe, tokenizer))
-    ranks.agree({"data": {name: prepared.key for name, prepared in corpus.sets.items()}})
+    seen = ranks.agree(
+        {
+            "data": {name: prepared.key for name, prepared in corpus.sets.items()},
+            "_written": {name: prepared.written for name, prepared in corpus.sets.items()},
+        }
+    )
     # several processes form their group here, after all preparation
     arguments = _arguments(recipe, run, resumed=state == "unfinished")
     set_seed(arguments.seed)
@@ -100,12 +107,12 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
         engines.check(recipe, trainer.accelerator.distributed_type.value)
         trainer.make_optimizer()
     with session(recipe, run, corpus, trainer, fresh=fresh) as checkpoint:
-        _record_start(recipe, run, corpus, trainer, parameters)
+        _record_start(recipe, run, corpus, trainer, parameters=parameters, seen=seen)
         if speaks():
             say(_start_panel(recipe, run, corpus, trainer, new))
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        _record_training(run, trainer, time.monotonic() - started)
+        _record_training(run, corpus, trainer, time.monotonic() - started)
         _stop_if_requested(run, trainer)
         _record_evaluation(run, trainer)
         _save(recipe, run, corpus, trainer)
@@ -126,6 +133,8 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
         "label_names": ["labels"],
         "restore_callback_states_from_checkpoint": recipe.early_stopping is not None,
     }
+    if recipe.streams:
+        given["train_sampling_strategy"] = "sequential"  # the stream is shuffled in itself
     given |= {**recipe.training, "output_dir": str(run.path)}
     if recipe.global_batch_size is not None:  # before the arguments are made: DeepSpeed's are filled from them at once
         given["gradient_accumulation_steps"] = _accumulation(recipe, recipe.global_batch_size)
@@ -166,8 +175,11 @@ def _refusals(recipe: Recipe, run: Run) -> Iterator[None]:
 
 
 def _total_steps(recipe: Recipe, arguments: TrainingArguments, corpus: Corpus) -> int:
+    from scalepeft.streams import Streamed
     from scalepeft.trainer import step_batches, total_steps
 
+    if isinstance(corpus.train, Streamed):
+        corpus.train.rows.taken = arguments.max_steps * step_batches(arguments, corpus.train.lengths).global_batch
     batches = step_batches(arguments, corpus.sets["train"].lengths)
     if not len(batches):
         raise recipe.error("training.dataloader_drop_last", "leaves no batch: there are fewer rows than one step takes")
@@ -208,8 +220,16 @@ def _check_best_metric(recipe: Recipe, arguments: TrainingArguments, task: Task,
         raise recipe.error("training.metric_for_best_model", f"no evaluation gives {metric!r}{told}")
 
 
-def _record_start(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining, parameters: Mapping[str, int]) -> None:
-    """Record the layout, the parameters, the steps and the revisions."""
+def _record_start(
+    recipe: Recipe,
+    run: Run,
+    corpus: Corpus,
+    trainer: RecipeTraining,
+    *,
+    parameters: Mapping[str, int],
+    seen: Sequence[Mapping[str, Any]],
+) -> None:
+    """Record the layout, the parameters, the steps, the revisions and who prepared the rows that the processes have seen."""
     import torch
 
     from scalepeft.trainer import total_steps
@@ -228,7 +248,18 @@ def _record_start(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrain
     }
     if args.process_index == 0:
         revisions = {**corpus.revisions, **_revision(recipe, trainer)}
-        run.update(layout=layout, parameters=parameters, max_steps=total_steps(args, batches), revisions=revisions)
+        data = run.record["data"] | {"preparation": _preparation(seen)}
+        run.update(layout=layout, parameters=parameters, max_steps=total_steps(args, batches), revisions=revisions, data=data)
+
+
+def _preparation(seen: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The machines that prepared each set, from what the processes have seen: one where they share a cache."""
+    found: dict[str, dict[str, str]] = {}
+    for facts in seen:
+        for name, written in facts["_written"].items():
+            if written:
+                found.setdefault(name, {})[written["id"]] = written["host"]
+    return {name: sorted(hosts.values()) for name, hosts in found.items()}
 
 
 def _start_panel(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining, new: Sequence[str]) -> str:
@@ -246,21 +277,37 @@ def _start_panel(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraini
     threads = f"{layout['threads']} thread{'s' if layout['threads'] > 1 else ''}{' each' if several else ''}"
     processes = f"{layout['processes']} process{'es' if several else ''}"
     batch = f"{layout['per_device_train_batch_size']} x {layout['gradient_accumulation_steps']} accumulated x {processes}"
-    per_epoch = steps_per_epoch(trainer.args, batches)
-    end_to_end = getattr(trainer, "padding_free", False)
+    of_epoch = f"; {steps_per_epoch(trainer.args, batches):,} an epoch"
+    padding = "none: rows lie end to end" if getattr(trainer, "padding_free", False) else None
+    padding = padding or (
+        "known when the rows are read" if corpus.streaming else f"{batches.padding_waste():.1%} of the tokens"
+    )
     lines = {
         "model": f"{recipe.model.name_or_path} ({type(backbone).__name__}{'; new: ' if heads else ''}{', '.join(heads)})",
         "trains": f"{kind}: {counts['trainable']:,} of {counts['total']:,} parameters"
         f" ({counts['trainable'] / counts['total']:.4%})",
         "data": " · ".join(_rows(name, prepared) for name, prepared in corpus.sets.items()),
-        "steps": f"{record['max_steps']:,} of {batches.global_batch} rows ({batch}); {per_epoch:,} an epoch",
-        "padding": "none: rows lie end to end" if end_to_end else f"{batches.padding_waste():.1%} of the tokens",
+        **({"prepared": _prepared(record["data"]["preparation"])} if several else {}),
+        "steps": f"{record['max_steps']:,} of {batches.global_batch} rows ({batch})" + ("" if corpus.streaming else of_epoch),
+        "padding": padding,
         "layout": f"{processes}{engine} · {layout['device']} · {layout['precision']} · {threads}",
     }
     return report.panel(f"{recipe.name} -> {run.path}", lines)
 
 
-def _rows(name: str, prepared: Prepared) -> str:
+def _prepared(preparation: Mapping[str, Sequence[str]]) -> str:
+    """How often the rows of several processes were prepared."""
+    times = max(map(len, preparation.values()), default=1)
+    hosts = sorted({host for hosts in preparation.values() for host in hosts})
+    once = f"once, by {', '.join(hosts)}" if hosts else "once"
+    return once if times == 1 else f"once on each of {times} machines, which share no cache: {', '.join(hosts)}"
+
+
+def _rows(name: str, prepared: Prepared | Streamed) -> str:
+    from scalepeft.streams import Streamed
+
+    if isinstance(prepared, Streamed):
+        return f"{name} {len(prepared.rows):,} rows of a stream"
     dropped = f" ({sum(prepared.dropped.values())} dropped)" if prepared.dropped else ""
     augmented = f" ({prepared.augmented['added']:,} of them augmented)" if prepared.augmented else ""
     cut = f" ({prepared.truncated:,} cut)" if prepared.truncated else ""
@@ -276,13 +323,17 @@ def _revision(recipe: Recipe, trainer: RecipeTraining) -> dict[str, str]:
     return {recipe.model.name_or_path: found} if found else {}
 
 
-def _record_training(run: Run, trainer: RecipeTraining, seconds: float) -> None:
+def _record_training(run: Run, corpus: Corpus, trainer: RecipeTraining, seconds: float) -> None:
     import resource
 
     import torch
 
     from scalepeft import adalora
 
+    # of a stream, each process has met its own rows alone
+    dropped = Counter(dict(corpus.sets["train"].dropped))
+    if corpus.streaming:
+        dropped = sum((Counter(facts["_dropped"]) for facts in ranks.agree({"_dropped": dropped})), Counter())
     if trainer.args.process_index != 0:
         return
     state = trainer.state
@@ -290,7 +341,7 @@ def _record_training(run: Run, trainer: RecipeTraining, seconds: float) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     if trainer.args.device.type != "cpu":
         peak = torch.accelerator.max_memory_allocated()
-    ranks = adalora.ranks(trainer.model) if adalora.allocates_ranks(trainer.model) else None
+    adalora_ranks = adalora.ranks(trainer.model) if adalora.allocates_ranks(trainer.model) else None
     best = {"step": state.best_global_step, "metric": trainer.args.metric_for_best_model, "value": state.best_metric}
     run.update(
         step=state.global_step,
@@ -298,7 +349,8 @@ def _record_training(run: Run, trainer: RecipeTraining, seconds: float) -> None:
         samples_per_second=round(trainer.step_batches().rows_after(state.global_step) / seconds, 3),
         peak_memory_bytes=peak,
         best=best if state.best_global_step else None,
-        ranks=ranks,
+        ranks=adalora_ranks,
+        data=run.record["data"] | {"dropped": run.record["data"]["dropped"] | {"train": dropped}},
     )
 
 
@@ -349,7 +401,8 @@ def _save(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining) -> 
     trainer.save_model(str(beside), _internal_call=True)
     main = next(iter(corpus.evaluation), None)
     rows = trainer.eval_dataset[main] if main else trainer.train_dataset
-    indices = np.unique(np.linspace(0, len(rows) - 1, num=32, dtype=np.int64))
+    last = len(rows) - 1 if main or not corpus.streaming else min(31, len(rows) - 1)  # a stream is read from its beginning
+    indices = np.unique(np.linspace(0, last, num=32, dtype=np.int64))
     reference = trainer.reference(rows, indices)
     if trainer.args.process_index != 0:
         return

@@ -95,7 +95,8 @@ class RecipeTraining(Trainer):  # type: ignore[misc]
         if allocates_ranks(self.model):
             self.add_callback(RankAllocation())
         self.recipe, self.task, self.run = recipe, task, run
-        train, evaluation = self.train_dataset, self.eval_dataset or {}  # DPOTrainer may have added columns
+        # DPOTrainer may have added columns; of a stream upstream has seen the first row alone
+        train, evaluation = corpus.sets["train"].rows if corpus.streaming else self.train_dataset, self.eval_dataset or {}
         self.train_dataset: Rows = Rows(train)
         self.eval_dataset: dict[str, Rows] = {name: Rows(rows) for name, rows in evaluation.items()}
         self.lengths = {name: prepared.lengths for name, prepared in corpus.sets.items()}
@@ -300,7 +301,7 @@ class ClassificationTrainer(RecipeTraining):
         super().__init__(
             data_collator=task.collate,
             processing_class=task.tokenizer,
-            train_dataset=corpus.sets["train"].rows,
+            train_dataset=corpus.first_seen,
             eval_dataset={name: prepared.rows for name, prepared in corpus.evaluation.items()} or None,
             compute_loss_func=self._loss,
             compute_metrics=self._compute_metrics,
