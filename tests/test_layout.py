@@ -73,6 +73,7 @@ RECIPES = {
     "encoder, LoRA, dropout": write_toy,
     "encoder, full": partial(write_toy, model={"config": STILL}, adapter=None),
     "decoder, LoRA": write_chat,
+    "decoder, LoRA, checkpointing": partial(write_chat, training={"activation_checkpointing": True}),
     "decoder, QLoRA": partial(write_chat, quantization=NF4),
     "decoder, DPO": partial(write_chat, task="preference"),
 }
@@ -124,10 +125,12 @@ class Matrix:
 
     def _write(self, folder: Path, layout: str, recipe: str) -> Path:
         base = self.bases[recipe.partition(",")[0]]
-        training = {**SHORT, **LAYOUTS[layout].training, "learning_rate": 1e-2 if "DPO" not in recipe else 1e-3}
+        written = RECIPES[recipe]
+        own = written.keywords.get("training", {}) if isinstance(written, partial) else {}
+        training = {**SHORT, **own, **LAYOUTS[layout].training, "learning_rate": 1e-2 if "DPO" not in recipe else 1e-3}
         if "QLoRA" in recipe and "FSDP" not in layout:  # whose parts bitsandbytes' optimizers do not know
             training["optim"] = "paged_adamw_32bit"
-        return RECIPES[recipe](folder, base, self._name(layout, recipe), training=training)
+        return written(folder, base, self._name(layout, recipe), training=training)
 
     @staticmethod
     def _name(layout: str, recipe: str) -> str:
@@ -265,6 +268,33 @@ def test_what_was_trained_in_parts_is_verified_whole_in_a_fresh_process(matrix, 
     verify(run)
     assert run.record["status"] == "complete"
     assert run.record["verification"]["max_difference"] < CLOSE
+
+
+REFUSED = {
+    "adalora": ({"adapter": {"peft_type": "ADALORA", "total_step": 4}}, "ADALORA reads gradients, which ZeRO-3 holds in parts"),
+    "prefix": (
+        {"adapter": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}},
+        "PREFIX_TUNING does not train the same under",
+    ),
+    "pissa": ({"adapter": {"init_lora_weights": "pissa"}}, "pissa changes the base's weights, which ZeRO-3 holds in parts"),
+    "tokens": ({"adapter": {"trainable_token_indices": [5]}}, "peft does not train single tokens under ZeRO-3 here"),
+    "adafactor": ({"training": {"optim": "adafactor"}}, "adafactor under ZeRO-3: it does not treat each number"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_zero_3_cannot_serve_is_refused_once_before_training(chat, command, name):
+    changes, told = REFUSED[name]
+    recipe = chat("run", **changes)
+    found = command("train", recipe, "--launch", "zero3", "--cpu")
+    assert found.returncode == 2
+    line, *problems = found.stderr.splitlines()
+    assert "accelerate launch --config_file" in line
+    assert len(problems) == 1, found.stderr
+    assert told in problems[0]
+    assert problems[0].startswith(f"{recipe}:")
+    assert not (recipe.parent / "run").exists()
 
 
 @pytest.mark.long

@@ -90,6 +90,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
     )
     # several processes form their group here, after all preparation
     arguments = _arguments(recipe, run, resumed=state == "unfinished")
+    engines.refuse(recipe, arguments)
     set_seed(arguments.seed)
     task = kinds.task(recipe, tokenizer, corpus.label_names)
     _check_best_metric(recipe, arguments, task, corpus)
