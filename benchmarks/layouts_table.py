@@ -53,26 +53,30 @@ A layout is processes x batch per process x accumulation x engine. The recipe sa
 {files}
 
 ```console
-$ scalepeft train RECIPE --launch zero3 --num-processes 8
-accelerate launch --config_file accelerate_configs/deepspeed_zero3.yaml --num_processes 8 --main_process_port 0 -m scalepeft.train RECIPE
+$ scalepeft train RECIPE --launch zero3 --num-processes 2
+accelerate launch --config_file accelerate_configs/deepspeed_zero3.yaml --num_processes 2 ... -m scalepeft.train RECIPE
 ```
 
-The line that is printed is the one that is run, and may be given by itself. Without `--num-processes` every GPU gets a process.
-`--cpu` runs the files of DDP and ZeRO on CPUs, unedited. On several machines each is given the same line but for its rank:
+The line that is printed is the one that is run, and may be given by itself. Without `--num-processes` every GPU gets a
+process. `--cpu` runs the files of DDP and ZeRO on CPUs, unedited. On several machines, each is given the same line but for its
+rank; `--num-processes` counts all processes:
 
-```console
-$ scalepeft train RECIPE --launch zero3 --num-processes 16 --num-machines 2 --machine-rank 0 --main-process-ip node0 --main-process-port 29500
+```text
+scalepeft train RECIPE --launch zero3 --num-processes 16 --num-machines 2 --machine-rank 0 \\
+    --main-process-ip node0 --main-process-port 29500
 ```
 
 ## The contract
 
-With the same rows per optimizer step (`global_batch_size`) a recipe takes the same rows at the same rate in every step, whatever
-the layout. With dropout and noise off, losses, gradient norms and the adapter are those of one process within {close:.0e} (relative,
-in fp32). Random masks differ between layouts. Evaluation counts every row once, whatever remains of the division.
+With the same rows per optimizer step (`global_batch_size`) a recipe takes the same rows at the same rate in every step,
+whatever the layout. With dropout and noise off, losses, gradient norms and the trained weights are those of one process within
+{close:.0e} (relative, in fp32). Random masks differ between layouts. Evaluation counts every row once, whatever remains of the
+division.
 
-Measured on {device}, {date}, with {versions}: small models with random weights, {encoder} steps of an encoder over texts of 2 to 60
-words and {decoder} steps of a decoder; a last step that does not divide. Each row is the largest relative difference from one process
-with a batch of 16. FSDP2 was run by accelerate's own code, told that its processes on CPUs were ones on GPUs; no GPU has run it yet.
+Measured on {device}, {date}, with {versions}:
+small models with random weights, {encoder} steps of an encoder over texts of 2 to 60 words and {decoder} steps of a decoder,
+the last step of an epoch one that does not divide. Each row is the largest relative difference from one process with a batch of 16.
+FSDP2 was run by accelerate's own code, told that its processes on CPUs were ones on GPUs; no GPU has run it yet.
 
 {table}
 
@@ -80,15 +84,19 @@ with a batch of 16. FSDP2 was run by accelerate's own code, told that its proces
 
 ## What is refused
 
-- A launch of several processes that would start one, FSDP on CPUs (accelerate runs DDP in its place), fewer GPUs than processes.
-- Processes that see another recipe, other rows, other versions of packages, or another run directory: one message, and all end.
-- What an engine does not train as one process does. ADALORA under ZeRO and FSDP2. Under ZeRO-3 and FSDP2 adapter types other than
-  {zero3} (ZeRO-3), {fsdp2} (FSDP2); initialisations of LORA that change the base's weights under ZeRO-3. Optimizers that look at the
-  shape of a parameter (adafactor, galore, ...) under ZeRO; those of bitsandbytes under FSDP2, so that QLoRA there needs
-  `training.optim: adamw_torch_fused`; others than AdamW where ZeRO offloads its states, for they would become AdamW in silence.
+- A launch of several processes that would start one, FSDP on CPUs (accelerate runs DDP in its place), fewer GPUs than
+  processes.
+- Processes that see another recipe, other rows, other versions of packages, or another run directory: one message, and all
+  end.
+- What an engine does not train as one process does: ADALORA under ZeRO and FSDP2; under ZeRO-3 adapter types other than
+  {zero3}; under FSDP2 other than
+  {fsdp2}; initialisations of LORA that change the base's weights under ZeRO-3.
+- Optimizers that look at the shape of a parameter (adafactor, galore, ...) under ZeRO; those of bitsandbytes under FSDP2, so
+  that QLoRA there needs `training.optim: adamw_torch_fused`; others than AdamW where ZeRO offloads its states, for they would become
+  AdamW in silence.
 
-One process that dies ends all others, within 30 seconds on its machine; its error is told once. Where a machine is lost, its peers
-end with their next exchange, or after `training.ddp_timeout`.
+One process that dies ends all others, within 30 seconds on its machine, and its error is told once. Where a whole machine is
+lost, its peers end with their next exchange, or after `training.ddp_timeout` seconds.
 
 ## What is where
 
@@ -97,15 +105,15 @@ end with their next exchange, or after `training.ddp_timeout`.
 | DDP | weights, gradients, optimizer | - | by process 0 |
 | ZeRO-1 | weights, gradients | optimizer | by process 0 |
 | ZeRO-2 | weights | gradients, optimizer | by process 0 |
-| ZeRO-3, FSDP2 | one layer at a time | weights, gradients, optimizer | gathered tensor by tensor, the adapter alone, to process 0 |
+| ZeRO-3, FSDP2 | a layer at a time | weights, gradients, optimizer | the adapter, gathered tensor by tensor |
 
-Rows are prepared once where processes share a cache (`SCALEPEFT_CACHE`), and once on each machine where they do not; the start panel and
-`run.json` say which. The run directory must be one that all machines share.
+Rows are prepared once where processes share a cache (`SCALEPEFT_CACHE`), and once on each machine where they do not; the start
+panel and `run.json` say which. The run directory must be one that all machines share.
 
 DeepSpeed compiles extensions when it is first used on a machine, for one or two minutes; one process does it, and says so.
 
-Under mixed precision DeepSpeed holds the weights in bf16 where DDP holds them as they were loaded and computes under autocast: the
-contract is one of fp32, and with `bf16` the losses of ZeRO differ from those of DDP by the rounding of bf16.
+Under mixed precision DeepSpeed holds the weights in bf16, where DDP holds them as they were loaded and computes under autocast:
+the contract is one of fp32, and with `bf16` the losses of ZeRO differ from those of DDP by the rounding of bf16.
 """
 
 

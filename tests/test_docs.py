@@ -21,7 +21,7 @@ from scalepeft import recipe as recipes
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "recipes/README.md", "slurm/README.md"),
-    *("docs/language-models.md", "docs/adapters.md"),
+    *("docs/language-models.md", "docs/adapters.md", "docs/layouts.md"),
 ]
 TINY = "data.train.sample_rows=64 data.evaluation.test.sample_rows=32 training.max_steps=2"
 TINY_SFT = "data.train.sample_rows=8 data.evaluation.test.first_rows=4 training.max_steps=1"
@@ -54,8 +54,9 @@ LONG = {
     "scalepeft train quickstart --fresh": TINY,
     "scalepeft train reviews.yaml": TINY_FILE,
     f"accelerate launch {QUICKSTART} training.output_dir=runs/launched": TINY,
-    f"{LAUNCH}/cpu.yaml {QUICKSTART} training.output_dir=runs/cpu": TINY,
-    f"{LAUNCH}/multi_cpu.yaml --num_processes 2 {QUICKSTART} training.output_dir=runs/two": TINY,
+    "scalepeft train quickstart training.output_dir=runs/two --launch multi_cpu --num-processes 2": TINY,
+    "scalepeft train quickstart training.output_dir=runs/zero --launch zero3 --num-processes 2 --cpu": TINY,
+    "scalepeft train RECIPE --launch zero3 --num-processes 2": f"--cpu training.output_dir=runs/page {TINY}",
     f"{LAUNCH}/multi_gpu.yaml --num_processes 8 {QUICKSTART} training.output_dir=runs/eight": TINY,
     f"{LAUNCH}/multi_gpu.yaml --num_processes 8 -m scalepeft.train RECIPE": f"training.output_dir=runs/slurm {TINY}",
     "scalepeft evaluate runs/quickstart": "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +149,23 @@ def test_four_processes_prepare_once_on_a_cold_cache(recipe, tmp_path):
     prepared = Run(tmp_path / "run").record["data"]["preparation"]
     assert {name: len(writers) for name, writers in prepared.items()} == {"train": 1, "test": 1}
     assert len(list((cache / "prepared").glob("[!.]*"))) == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["multi_cpu", "zero3"])
+def test_two_machines_are_given_the_same_line_but_for_the_rank(recipe, tmp_path, name):
+    """Two launchers, here on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = [sys.executable, "-m", "scalepeft", "train", recipe, "--launch", name, "--cpu", "--num-processes", "2"]
+    words += ["--num-machines", "2", "--main-process-ip", "127.0.0.1", "--main-process-port", port, "--machine-rank"]
+    started = [
+        subprocess.Popen([*words, rank], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=2 * BOUND) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    record = Run(tmp_path / "run").record
+    assert (record["status"], record["layout"]["processes"]) == ("complete", 2)
+    assert not said[1][0], "the second machine has nothing to say"
