@@ -75,12 +75,16 @@ division.
 
 Measured on {device}, {date}, with {versions}:
 small models with random weights, {encoder} steps of an encoder over texts of 2 to 60 words and {decoder} steps of a decoder,
-the last step of an epoch one that does not divide. Each row is the largest relative difference from one process with a batch of 16.
+the last step of an epoch one that does not divide. Each row is the largest relative difference from one process with a
+batch of 16.
 FSDP2 was run by accelerate's own code, told that its processes on CPUs were ones on GPUs; no GPU has run it yet.
 
 {table}
 
 `(rows and rates)`: with dropout, compared were the rows of every step and the learning rates, which were the same.
+
+Of peft's types DEFT, LILY, PVERA and SHADOW, and LORA with `velora_config`, are outside the contract: what they give for a row
+depends on the rows beside it, or on chance, and so on how a step is divided.
 
 ## What is refused
 
@@ -88,12 +92,12 @@ FSDP2 was run by accelerate's own code, told that its processes on CPUs were one
   processes.
 - Processes that see another recipe, other rows, other versions of packages, or another run directory: one message, and all
   end.
-- What an engine does not train as one process does: ADALORA under ZeRO and FSDP2; under ZeRO-3 adapter types other than
+- What an engine does not train as one process does: ADALORA and ADAMSS under ZeRO and FSDP2; under ZeRO-3 types other than
   {zero3}; under FSDP2 other than
   {fsdp2}; initialisations of LORA that change the base's weights under ZeRO-3.
 - Optimizers that look at the shape of a parameter (adafactor, galore, ...) under ZeRO; those of bitsandbytes under FSDP2, so
-  that QLoRA there needs `training.optim: adamw_torch_fused`; others than AdamW where ZeRO offloads its states, for they would become
-  AdamW in silence.
+  that QLoRA there needs `training.optim: adamw_torch_fused`; others than AdamW where ZeRO offloads its states, for they would
+  become AdamW in silence.
 
 One process that dies ends all others, within 30 seconds on its machine, and its error is told once. Where a whole machine is
 lost, its peers end with their next exchange, or after `training.ddp_timeout` seconds.

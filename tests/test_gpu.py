@@ -14,7 +14,7 @@ import shutil
 
 import pytest
 import torch
-from test_layout import LAYOUTS, figures, weights
+from test_layout import LAYOUTS, figures, launched_on_gpus, weights
 
 from scalepeft import predict
 from scalepeft.run import Run
@@ -134,6 +134,35 @@ def test_accumulation_changes_no_number_of_a_language_model(chat, train, task):
         for name in ("1x16", "1x4x4")
     }
     check_same_numbers(found["1x4x4"], found["1x16"])
+
+
+ENGINES = {"multi_gpu": "MULTI_GPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "zero3_offload": "DEEPSPEED", "fsdp2": "FSDP"}
+
+
+@only_gpu
+@pytest.mark.parametrize("file", [*ENGINES, "fsdp2_qlora"])
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_no_engine_changes_a_number(toy, chat, train, file, kind):
+    """One process a GPU; with one GPU the engines still divide the model, among one."""
+    devices = torch.cuda.device_count()
+    if file == "multi_gpu" and devices < 2:
+        pytest.skip("DDP needs two GPUs")
+    if file == "fsdp2_qlora" and kind == "encoder":
+        pytest.skip("decoders are quantised")
+    four_bits = {**NF4, "bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "float32"}
+    shared = {"quantization": four_bits} if file == "fsdp2_qlora" else {}
+    write = toy if kind == "encoder" else chat
+    if kind == "encoder":
+        shared |= {"model": {"config": EXACT}, "adapter": {"lora_dropout": 0.0}}
+    training = {**ON, "learning_rate": 1e-3, "num_train_epochs": 2, "save_strategy": "no"}
+    alone = train(write("alone", training={**training, "per_device_train_batch_size": 16}, **shared))
+    divided = write("divided", training={**training, "per_device_train_batch_size": 16 // devices}, **shared)
+    launched_on_gpus([divided], file)
+    run = Run(divided.with_suffix(""))
+    assert run.record["layout"]["engine"] == ENGINES.get(file, "FSDP")
+    assert run.record["layout"]["device"] == "cuda"
+    check_same_numbers(run, alone)
+    assert (weights(run) - weights(alone)).norm() < 1e-3 * weights(alone).norm()
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", pytest.param("fp16", marks=only_gpu)])

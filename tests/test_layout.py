@@ -127,7 +127,8 @@ class Matrix:
         base = self.bases[recipe.partition(",")[0]]
         written = RECIPES[recipe]
         own = written.keywords.get("training", {}) if isinstance(written, partial) else {}
-        training = {**SHORT, **own, **LAYOUTS[layout].training, "learning_rate": 1e-2 if "DPO" not in recipe else 1e-3}
+        rate = 1e-3 if "DPO" in recipe or "full" in recipe else 1e-2
+        training = {**SHORT, **own, **LAYOUTS[layout].training, "learning_rate": rate}
         if "QLoRA" in recipe and "FSDP" not in layout:  # whose parts bitsandbytes' optimizers do not know
             training["optim"] = "paged_adamw_32bit"
         return written(folder, base, self._name(layout, recipe), training=training)
@@ -137,8 +138,18 @@ class Matrix:
         return f"{layout} {recipe}".replace(" ", "_").replace(",", "")
 
 
+def launched_on_gpus(written: list[Path], file: str) -> None:
+    """Train recipes one after the other in the processes of one launch, one for each GPU."""
+    chosen = launch.layout(file)
+    found = launch.line(chosen, "x", [], processes=None, cpu=False, machines=launch.Machines())
+    options = [word for word in found.arguments if word not in ("-m", "x")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(SEVERAL), *map(str, written)]
+    ended = subprocess.run(command, cwd=written[0].parent, capture_output=True, text=True, check=False, timeout=900)
+    assert ended.returncode == 0, ended.stderr[-6000:]
+
+
 def launched(written: list[Path], file: str | None) -> None:
-    """Train recipes one after the other in the processes of one launch."""
+    """Train recipes one after the other in the processes of one launch on CPUs."""
     command, environment = [sys.executable, str(SEVERAL), *map(str, written)], {}
     if file is not None:
         fsdp = file.startswith("fsdp")

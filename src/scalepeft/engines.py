@@ -118,8 +118,8 @@ def refuse(recipe: Recipe, args: TrainingArguments) -> None:
         return
     adapter = recipe.adapter or {}
     kind = adapter.get("peft_type")
-    if kind == "ADALORA":
-        raise recipe.error("adapter.peft_type", f"ADALORA reads gradients, which {name} holds in parts; use --launch multi_gpu")
+    if kind in ("ADALORA", "ADAMSS"):
+        raise recipe.error("adapter.peft_type", f"{kind} reads gradients, which {name} holds in parts; use --launch multi_gpu")
     if kind is not None and kind not in _IN_PARTS.get(name, (kind,)):
         told = f"{kind} does not train the same under {name}; what does: {', '.join(sorted(_IN_PARTS[name]))}"
         raise recipe.error("adapter.peft_type", f"{told}; --launch multi_gpu and zero2 serve the others")
