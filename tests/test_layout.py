@@ -182,10 +182,13 @@ def figures(run: Run, *names: str) -> torch.Tensor:
 
 
 def weights(run: Run) -> torch.Tensor:
-    """All trained weights, in one vector."""
+    """All trained weights, in one vector, but the biases of attention's keys.
+
+    These change no answer of a softmax: their gradient is nought but rounding, of which AdamW makes steps of full length.
+    """
     (file,) = run.weights.glob("*.safetensors")
     saved = load_file(file)
-    return torch.cat([saved[name].flatten().double() for name in sorted(saved)])
+    return torch.cat([saved[name].flatten().double() for name in sorted(saved) if not name.endswith("key.bias")])
 
 
 def steps(run: Run) -> list[set[int]]:
