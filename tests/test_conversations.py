@@ -11,7 +11,8 @@ from scalepeft.conversations import IGNORED, Conversations, prompt_ids, segments
 from scalepeft.dialogues import recognise
 from scalepeft.errors import UserError
 from scalepeft.preferences import Preferences
-from scalepeft.sources import BAD_BYTES, Bad
+from scalepeft.sources import BAD_BYTES
+from scalepeft.tables import Bad
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

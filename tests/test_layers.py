@@ -22,6 +22,7 @@ LAYERS = (
         "engines",
         "checkpoint",
         "sampler",
+        "tables",
         "sources",
         "labels",
         "dialogues",
@@ -40,6 +41,7 @@ LAYERS = (
     ("tasks", "callbacks", "adalora", "trainer", "language", "kinds", "session"),
     (
         "report",
+        "panel",
         "page",
         "compare",
         "grid",

@@ -54,7 +54,7 @@ def test_a_shipped_recipe_is_valid(name):
         ("training", None), ("adapter", None), ("early_stopping", None), ("quantization", None), ("global_batch_size", None),
         ("adapter", {"name_or_path": "first", "revision": None}), ("adapter", {"peft_type": "IA3", "target_modules": ["q"]}),
         ("training.learning_rate", 1), ("training.report_to", ["wandb"]), ("training.save_total_limit", None),
-        ("training.lr_scheduler_kwargs", {"a": 1}), ("adapter.target_modules", ["q"]), ("adapter.init_lora_weights", "pissa_niter_4"),
+        ("training.optim_args", "a=1"), ("adapter.target_modules", ["q"]), ("adapter.init_lora_weights", "pissa_niter_4"),
         ("adapter.init_lora_weights", False), ("adapter.trainable_token_indices", {"embed": [1, 2]}),
         ("quantization", {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}), ("model.config", {"dropout": [1, {}]}),
         ("data.train", [{"path": "a"}, {"path": "b", "first_rows": 3}]), ("data.label_names", ["a", 1]),

@@ -27,7 +27,8 @@ from scalepeft.dialogues import (
     turns,
 )
 from scalepeft.errors import UserError, one_line
-from scalepeft.sources import BAD_BYTES, Bad
+from scalepeft.sources import BAD_BYTES
+from scalepeft.tables import Bad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -22,8 +22,9 @@ from scalepeft.packing import pack
 from scalepeft.preferences import Preferences
 from scalepeft.prepared import Chosen, Encoder, Integers, Part, Preparation, Prepared, Texts, choose, tokenizer_digest
 from scalepeft.recipe import Recipe, Source
-from scalepeft.sources import Bad, Fail, Records, Wanted, open_source
+from scalepeft.sources import open_source
 from scalepeft.streams import Streamed
+from scalepeft.tables import Bad, Fail, Records, Wanted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from scalepeft.sources import Bad, shown
+from scalepeft.tables import Bad, shown
 
 MISSING = "field is missing"
 NOT_MESSAGES = "conversation is not a list of messages"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     from scalepeft.prepared import Chosen, Prepared
-    from scalepeft.sources import Bad
+    from scalepeft.tables import Bad
 
 NO_ROOM = "prompt leaves no room for an answer"
 
@@ -254,7 +254,8 @@ def _prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, file: Path, li
     from scalepeft import labels
     from scalepeft.dialogues import COLUMNS
     from scalepeft.prepared import Part, Preparation
-    from scalepeft.sources import Records, open_source
+    from scalepeft.sources import open_source
+    from scalepeft.tables import Records
 
     source, train = Source(path=str(file)), recipe.data.train
     renamed = {**recipe.data.columns, **(train.columns if isinstance(train, Source) else {})}
@@ -290,7 +291,7 @@ class _Prompts:
 
     def encode(self, rows: Mapping[str, list[Any]], source: Chosen) -> tuple[dict[str, list[Any]], list[Bad | None]]:
         from scalepeft.prepared import kept
-        from scalepeft.sources import Bad
+        from scalepeft.tables import Bad
 
         asked = [name for name in source.table.columns if name not in _ANSWERS]
         columns: dict[str, list[Any]] = {"input_ids": [], "prompt": [], "length": []}
@@ -306,7 +307,7 @@ class _Prompts:
 
     def _ids(self, record: Mapping[str, Any]) -> list[int] | Bad:
         from scalepeft.conversations import prompt_ids
-        from scalepeft.sources import Bad
+        from scalepeft.tables import Bad
 
         ids = prompt_ids(self.tokenizer, record, self.system_prompt)
         if isinstance(ids, Bad) or len(ids) < self.limit:
@@ -369,7 +370,7 @@ class Chat:
     def _prompt(self, asked: dict[str, str]) -> list[int] | None:
         """The tokens of the conversation so far, without its oldest turns where the window has no room for them."""
         from scalepeft.conversations import prompt_ids
-        from scalepeft.sources import Bad
+        from scalepeft.tables import Bad
 
         forgotten = 0
         while True:

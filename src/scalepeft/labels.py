@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scalepeft.recipe import Recipe
-from scalepeft.sources import Bad, Opened, Wanted, shown
+from scalepeft.tables import Bad, Opened, Wanted, shown
 
 UNLABELLED = -100
 """The number of a row without label, which the loss ignores."""

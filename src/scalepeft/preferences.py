@@ -9,7 +9,7 @@ import datasets
 
 from scalepeft.conversations import NO_ASSISTANT, Writer
 from scalepeft.dialogues import FORMS, MISSING, Message, Refused, asked, dialogue, from_json, text_of, turn, turns
-from scalepeft.sources import Bad
+from scalepeft.tables import Bad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -34,7 +34,7 @@ from scalepeft.errors import UserError, disk_full, one_line
 from scalepeft.fetch import cache_dir
 from scalepeft.labels import Labels
 from scalepeft.recipe import Recipe, Source
-from scalepeft.sources import Bad, Opened, Table, Wanted
+from scalepeft.tables import Bad, Opened, Table, Wanted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

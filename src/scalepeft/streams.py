@@ -26,9 +26,6 @@ from scalepeft.labels import Labels
 from scalepeft.prepared import FORMAT, Chosen, Encoder, Integers, Part, refusal, usable
 from scalepeft.recipe import Recipe, Source
 from scalepeft.sources import (
-    Opened,
-    Table,
-    Wanted,
     class_names,
     csv_tables,
     from_arrow,
@@ -36,6 +33,7 @@ from scalepeft.sources import (
     jsonl_tables,
     parquet_tables,
 )
+from scalepeft.tables import Opened, Table, Wanted
 
 _IGNORED = -100  # what torch's cross-entropy leaves out
 _EDGE = 2**20
