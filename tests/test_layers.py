@@ -39,6 +39,7 @@ LAYERS = (
     ("tasks", "callbacks", "adalora", "trainer", "language", "kinds", "session"),
     (
         "report",
+        "card",
         "page",
         "compare",
         "grid",

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from scalepeft import launch, ranks, upstream
+from scalepeft import launch, push, ranks, upstream
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.console import note, quiet_upstream, say, speaks
@@ -71,6 +71,8 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
         return run
     missing_inputs(recipe)
     offline_if_unreachable(recipe)
+    if recipe.training.get("push_to_hub") and speaks():
+        push.check(recipe)
 
     from transformers import set_seed
 
@@ -122,11 +124,11 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     given: dict[str, Any] = {
         "use_cpu": on_cpu,  # without it upstream refuses bf16 on a CPU
         "dataloader_pin_memory": not on_cpu,
-        "hub_private_repo": True,
         "label_names": ["labels"],
         "restore_callback_states_from_checkpoint": recipe.early_stopping is not None,
     }
-    given |= {**recipe.training, "output_dir": str(run.path)}
+    # upstream would push the run directory as it stands, its pickled arguments included: see push.py
+    given |= {**recipe.training, "output_dir": str(run.path), "push_to_hub": False}
     if recipe.global_batch_size is not None:  # before the arguments are made: DeepSpeed's are filled from them at once
         given["gradient_accumulation_steps"] = _accumulation(recipe, recipe.global_batch_size)
     if resumed and run.record["evaluation"]:  # before its first step, in the session that began it
