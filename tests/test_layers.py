@@ -40,6 +40,7 @@ LAYERS = (
     (
         "report",
         "card",
+        "push",
         "page",
         "compare",
         "grid",
@@ -49,7 +50,6 @@ LAYERS = (
         "predict",
         "preview",
         "merge",
-        "push",
         "plan",
         "train",
     ),

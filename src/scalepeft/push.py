@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from scalepeft import card
 from scalepeft import recipe as recipes
@@ -130,6 +130,12 @@ def check(recipe: Recipe) -> None:
     target = target_of(recipe)
     _check_repo_id("training.hub_model_id", target.repo_id, namespace=False)
     _asked(target)
+
+
+def in_place_of_this(run: Run) -> NoReturn:
+    """Become the push that a run's recipe asks for; what this process holds in memory is gone."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "scalepeft.push", str(run.path)])  # noqa: S606  # our own program
 
 
 def _run(folder: Path) -> Run | None:
@@ -345,7 +351,7 @@ def _api() -> HfApi:
 
 
 def _asked(target: Target) -> Target:
-    """The target, in the account's own namespace where it names none, after the Hub knew the token and nothing was in the way."""
+    """The target, in the account's own namespace where it names none. The Hub knows the token, and nothing is in the way."""
     from huggingface_hub import get_token
 
     if not get_token():

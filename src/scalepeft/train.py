@@ -52,6 +52,8 @@ def main(arguments: Sequence[str]) -> int:
         run = train(recipe, fresh=options.fresh)
     if run.record.get("status") != "complete" and speaks():
         _verify_in_place_of_this(run)
+    if speaks() and recipe.training.get("push_to_hub"):
+        push.in_place_of_this(run)
     return 0
 
 
@@ -124,6 +126,7 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     given: dict[str, Any] = {
         "use_cpu": on_cpu,  # without it upstream refuses bf16 on a CPU
         "dataloader_pin_memory": not on_cpu,
+        "hub_private_repo": True,  # of a tracker that keeps its pages on the Hub
         "label_names": ["labels"],
         "restore_callback_states_from_checkpoint": recipe.early_stopping is not None,
     }

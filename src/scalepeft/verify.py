@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scalepeft import push
 from scalepeft.console import quiet_upstream, say
 from scalepeft.errors import RunFailed, UserError, one_line, program
 from scalepeft.fetch import offline_if_unreachable
@@ -38,14 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     verify(run)
     say(_closing(run))
     if run.recipe().training.get("push_to_hub"):
-        _push_in_place_of_this(run)
+        push.in_place_of_this(run)
     return 0
-
-
-def _push_in_place_of_this(run: Run) -> None:
-    """Become the push that the recipe asks for: what is published has been verified."""
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "scalepeft.push", str(run.path)])  # noqa: S606  # our own program
 
 
 def write_reference(
