@@ -1,8 +1,8 @@
 """A Hub of this machine: the protocol of huggingface.co over bare git repositories and LFS objects, for unmodified clients.
 
-`python hub.py FOLDER PORT` serves on 127.0.0.1 alone. FOLDER holds `git/KIND/OWNER/NAME.git`, `lfs/SHA256`, `tokens.json`
-({token: {"name": user, "write": bool}}) and `requests.jsonl`, a line a request. What is stored outlives the process; faults,
-asked for by POST /faults, do not. `Hub` starts and stops such a process.
+`python hub.py FOLDER PORT` serves on 127.0.0.1 alone. FOLDER holds `git/KIND/OWNER/NAME.git` with the LFS
+objects in `lfs/SHA256`, `tokens.json` ({token: {"name": user, "write": bool}}) and `requests.jsonl`, a line a request. What is
+stored outlives the process; faults, asked for by POST /faults, do not. `Hub` starts and stops such a process.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class Repository:
         path.mkdir(parents=True)
         repository = Repository(path)
         repository.git("init", "--quiet", "--bare", "--initial-branch=main")
+        (path / "lfs").mkdir()
         repository.git("config", "hub.private", str(private).lower())
         repository.commit("main", None, "initial commit", {".gitattributes": _LARGE.encode()}, [])
         return repository
@@ -96,6 +97,9 @@ class Repository:
     @property
     def private(self) -> bool:
         return self.git("config", "hub.private").strip() == b"true"
+
+    def large(self, oid: str) -> Path:
+        return self.path / "lfs" / oid
 
     def resolve(self, revision: str) -> str:
         found = self.git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", check=False).decode().strip()
@@ -153,7 +157,6 @@ class Protocol:
     faults: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folder.joinpath("lfs").mkdir(parents=True, exist_ok=True)
         secret = self.folder / "secret"
         if not secret.exists():
             secret.write_bytes(os.urandom(32))
@@ -273,20 +276,20 @@ class Protocol:
         return JSONResponse({"files": answers})
 
     async def batch(self, request: Request, kind: str, name: str) -> Response:
-        self.repository(request, kind, name, write=True)
-        objects = []
+        repository, objects = self.repository(request, kind, name, write=True), []
         for wanted in (await request.json())["objects"]:
             oid = wanted["oid"]
             link = f"{request.base_url}{kind}/{name}/objects/{oid}?{urlencode({'key': self._key(kind, name, oid)})}"
             actions = {"upload": {"href": link}, "verify": {"href": link.replace("/objects/", "/verify/")}}
-            there = (self.folder / "lfs" / oid).is_file()
+            there = repository.large(oid).is_file()
             objects.append({"oid": oid, "size": wanted["size"]} | ({} if there else {"actions": actions}))
         return JSONResponse({"transfer": "basic", "objects": objects}, media_type="application/vnd.git-lfs+json")
 
     async def put(self, request: Request, kind: str, name: str, oid: str) -> Response:
         if request.query_params.get("key") != self._key(kind, name, oid):
             raise Refused(403, None, "the signature does not match")
-        beside, digest = self.folder / "lfs" / f"{oid}.{time.monotonic_ns()}.part", hashlib.sha256()
+        place, digest = Repository(self.at(kind, name)).large(oid), hashlib.sha256()
+        beside = place.with_name(f"{oid}.{time.monotonic_ns()}.part")
         try:
             with beside.open("wb") as file:
                 async for block in request.stream():
@@ -294,13 +297,13 @@ class Protocol:
                     file.write(block)
             if digest.hexdigest() != oid:
                 raise Refused(400, None, f"the content has the sha256 {digest.hexdigest()}, not {oid}")
-            beside.replace(self.folder / "lfs" / oid)
+            beside.replace(place)
         finally:
             beside.unlink(missing_ok=True)
         return Response()
 
     async def verify(self, request: Request, kind: str, name: str, oid: str) -> Response:
-        asked, file = await request.json(), self.folder / "lfs" / oid
+        asked, file = await request.json(), Repository(self.at(kind, name)).large(oid)
         if request.query_params.get("key") != self._key(kind, name, oid) or asked["oid"] != oid:
             raise Refused(403, None, "the signature does not match")
         if not file.is_file() or file.stat().st_size != asked["size"]:
@@ -319,7 +322,7 @@ class Protocol:
             if line["key"] == "file":
                 added[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                file = self.folder / "lfs" / value["oid"]
+                file = repository.large(value["oid"])
                 if not file.is_file() or file.stat().st_size != value["size"]:
                     raise Refused(400, None, f"the LFS object of {value['path']} was not uploaded")
                 text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{value['oid']}\nsize {value['size']}\n"
@@ -344,7 +347,7 @@ class Protocol:
             return Response(repository.blob(entry.oid), headers=headers | {"ETag": f'"{entry.oid}"'})
         sha256, size = entry.large
         headers |= {"ETag": f'"{sha256}"', "X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(size)}
-        return FileResponse(self.folder / "lfs" / sha256, headers=headers)
+        return FileResponse(repository.large(sha256), headers=headers)
 
     async def fault(self, request: Request) -> Response:
         self.faults[:] = await request.json()
@@ -556,8 +559,8 @@ class Hub:
         return self.repository(name).entries(revision, "-r")
 
     def read(self, name: str, path: str) -> bytes:
-        entry = self.files(name)[path]
-        return (self.folder / "lfs" / entry.large[0]).read_bytes() if entry.large else self.repository(name).blob(entry.oid)
+        repository, entry = self.repository(name), self.files(name)[path]
+        return repository.large(entry.large[0]).read_bytes() if entry.large else repository.blob(entry.oid)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalepeft import launch, push, ranks, upstream
@@ -20,7 +21,7 @@ from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.console import note, quiet_upstream, say, speaks
 from scalepeft.errors import Interrupted, did_you_mean, one_line, program
-from scalepeft.fetch import asset_path, missing_inputs, offline_if_unreachable
+from scalepeft.fetch import asset_path, is_local, missing_inputs, offline_if_unreachable
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
 
@@ -232,7 +233,7 @@ def _record_start(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTrain
         "precision": dtype if args.mixed_precision == "no" else f"{args.mixed_precision} over {dtype}",
     }
     if args.process_index == 0:
-        revisions = {**corpus.revisions, **_revision(recipe, trainer)}
+        revisions = {**corpus.revisions, **_revision(recipe)}
         run.update(layout=layout, parameters=parameters, max_steps=total_steps(args, batches), revisions=revisions)
 
 
@@ -274,11 +275,18 @@ def _rows(name: str, prepared: Prepared) -> str:
     return f"{name} {rows:,} rows{packed}{augmented}{cut}{dropped}{', cached' if prepared.reused else ''}"
 
 
-def _revision(recipe: Recipe, trainer: RecipeTraining) -> dict[str, str]:
-    found = getattr(trainer.model.config, "_commit_hash", None) or recipe.model.revision
-    if recipe.model.name_or_path.startswith("fetched:"):
-        found = asset_path(recipe.model.name_or_path).name  # the name with the pinned version
-    return {recipe.model.name_or_path: found} if found else {}
+def _revision(recipe: Recipe) -> dict[str, str]:
+    """The base's commit: transformers keeps none, but loads from a folder of the cache that is named by it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = recipe.model.name_or_path
+    if name.startswith("fetched:"):
+        return {name: asset_path(name).name}  # the name with the pinned version
+    if is_local(name, ()) or Path(name).exists():
+        return {}
+    file = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
+    found = Path(file).parent.name if isinstance(file, str) else recipe.model.revision
+    return {name: found} if found else {}
 
 
 def _record_training(run: Run, trainer: RecipeTraining, seconds: float) -> None:
