@@ -25,15 +25,6 @@ from scalepeft.run import Run
 ADAPTER = "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="session")
-def hub(tmp_path_factory) -> Any:
-    """One Hub for all tests; each pushes to repositories of its own."""
-    served = Hub(tmp_path_factory.mktemp("hub"))
-    served.start()
-    yield served
-    served.stop()
-
-
 @pytest.fixture
 def repo(request) -> str:
     """A repository of this test."""
@@ -109,6 +100,8 @@ def test_an_adapter_is_pushed_pulled_and_answers_as_trained(complete, hub, pushe
     rows = complete.path / runs.VERIFICATION
     answered = client(
         f"{code}\n"
+        # the base is named, so that the shortest line works, too
+        f"from peft import AutoPeftModelForSequenceClassification as Auto; Auto.from_pretrained({repo!r}, num_labels=2)\n"
         "import json; from safetensors.torch import load_file\n"
         f"found = load_file({str(rows)!r}); expected = found.pop('logits')\n"
         "print(json.dumps([(model.eval()(**found).logits - expected).abs().max().item(), tokenizer('a good film').input_ids,"
@@ -120,9 +113,6 @@ def test_an_adapter_is_pushed_pulled_and_answers_as_trained(complete, hub, pushe
     assert config["base_model_name_or_path"] == base
     data = metadata(hub.read(repo, "README.md").decode())
     assert (data["license"], data["base_model"], data["base_model_relation"]) == ("apache-2.0", base, "adapter")
-    # the base is named, so that the shortest line works, too
-    auto = f"from peft import AutoPeftModelForSequenceClassification as A; A.from_pretrained({repo!r}, num_labels=2); print(1)"
-    assert client(auto) == 1
 
 
 @pytest.mark.long
@@ -286,7 +276,7 @@ def test_a_branch_is_made_and_main_stays(complete, hub, pushed, repo):
 
 
 def test_a_push_that_was_killed_goes_on(complete, hub, repo, tmp_path, pushed):
-    hub.fail({"method": "PUT", "path": f"{repo}/objects", "do": "stall", "after": 30_000})  # a picture; the adapter is small
+    hub.fail({"method": "PUT", "path": f"{repo}/objects", "do": "stall", "after": 5_000})
     environment = os.environ | hub.environment(tmp_path / "home")
     process = subprocess.Popen([sys.executable, "-m", "scalepeft", "push", complete.path, "--repo-id", repo], env=environment)
     until = time.monotonic() + 60
