@@ -155,6 +155,7 @@ class Protocol:
 
     folder: Path
     faults: list[dict[str, Any]] = field(default_factory=list)
+    released: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         secret = self.folder / "secret"
@@ -351,6 +352,8 @@ class Protocol:
 
     async def fault(self, request: Request) -> Response:
         self.faults[:] = await request.json()
+        self.released.set()
+        self.released = asyncio.Event()
         return Response()
 
 
@@ -417,8 +420,9 @@ def problems_of(card: Any) -> Iterator[str]:
 def application(protocol: Protocol) -> Callable[..., Awaitable[None]]:
     """The protocol as an ASGI application that writes down every request and commits the faults that were asked for.
 
-    A fault is {"method", "path" (a pattern), "do", "after" (bytes of the body), "times"}; `do` is a status to answer, or `cut`
-    (close the connection), `stall`, `die` (end the process), or `mute` (do what is asked and close without an answer).
+    A fault is {"method", "path" (a pattern), "do", "after" (bytes of the body), "times", "skip" (requests)}. `do` is a status
+    to answer, or `cut` (close the connection), `stall` (until other faults, or none, are asked for), `die` (end the process),
+    or `mute` (do what is asked and close without an answer).
     """
     log = protocol.folder / "requests.jsonl"
 
@@ -427,6 +431,9 @@ def application(protocol: Protocol) -> Callable[..., Awaitable[None]]:
             return
         path, method = scope["raw_path"].decode(), scope["method"].replace("HEAD", "GET")
         fault = next((f for f in protocol.faults if f["method"] == method and re.search(f["path"], path)), None)
+        if fault is not None and fault.get("skip", 0):
+            fault["skip"] -= 1
+            fault = None
         if fault is not None:
             fault["times"] = fault.get("times", 1) - 1
             protocol.faults[:] = [f for f in protocol.faults if f.get("times", 1) > 0]
@@ -441,7 +448,7 @@ def application(protocol: Protocol) -> Callable[..., Awaitable[None]]:
                 transport.abort()
                 return {"type": "http.disconnect"}
             if bytes_in > after and wrong == "stall":
-                await asyncio.sleep(3600)
+                await protocol.released.wait()
             if bytes_in > after and wrong == "die":
                 os._exit(1)
             return message
@@ -513,6 +520,7 @@ class Hub:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
+        self.stop()
         self.process = subprocess.Popen([sys.executable, __file__, str(self.folder), str(self.port)])
         until = time.monotonic() + 30
         while time.monotonic() < until and self.process.poll() is None:

@@ -19,6 +19,7 @@ from hub import Hub, metadata, problems_of
 
 from scalepeft import card, push
 from scalepeft import run as runs
+from scalepeft.console import quiet_upstream
 from scalepeft.errors import UserError
 from scalepeft.run import Run
 
@@ -201,11 +202,7 @@ def test_the_card_tells_the_run(complete, hub, pushed, repo):
     figures = {(m["type"], m["name"]): m["value"] for m in result["metrics"]}
     assert figures["accuracy", "accuracy"] == after["accuracy"]
     assert figures["f1", "macro F1"] == round(after["f1_macro"], 6)
-    assert result["dataset"] == {
-        "name": "test",
-        "type": "test.csv",
-        "revision": record["revisions"][next(reversed(record["revisions"]))],
-    }
+    assert result["dataset"] == {"name": "test", "type": "test.csv"}
     assert data["tags"] == ["scalepeft", "lora"]
     assert "license" not in data
     for told in ("| test | accuracy | ", "![curves](curves.png)", "learning_rate: 0.01", "licence", "unknown", "| torch | "):
@@ -276,21 +273,21 @@ def test_a_branch_is_made_and_main_stays(complete, hub, pushed, repo):
 
 
 def test_a_push_that_was_killed_goes_on(complete, hub, repo, tmp_path, pushed):
-    hub.fail({"method": "PUT", "path": f"{repo}/objects", "do": "stall", "after": 5_000})
+    hub.fail({"method": "PUT", "path": f"{repo}/objects", "do": "stall", "skip": 1})
     environment = os.environ | hub.environment(tmp_path / "home")
     process = subprocess.Popen([sys.executable, "-m", "scalepeft", "push", complete.path, "--repo-id", repo], env=environment)
     until = time.monotonic() + 60
-    while len(hub.requests("POST", f"{repo}/verify")) < 2 and time.monotonic() < until:
+    while not hub.requests("POST", f"{repo}/verify") and time.monotonic() < until:
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     arrived = {line["path"] for line in hub.requests("PUT", repo) if line["status"] == 200}
-    assert len(arrived) == 2
+    assert len(arrived) == 1
     assert hub.commits(repo) == ["initial commit"]
     before = len(hub.requests())
     assert pushed(complete.path, "--repo-id", repo)[0] == 0
     again = {line["path"] for line in hub.requests()[before:] if line["method"] == "PUT"}
-    assert len(again) == 1
+    assert len(again) == 2
     assert not again & arrived
     assert hub.commits(repo) == ["Pushed by scalepeft", "initial commit"]
 
@@ -308,6 +305,23 @@ def test_a_commit_whose_answer_is_lost_is_found_done(complete, hub, pushed, repo
     assert re.fullmatch(rf"{repo}: the connection to {hub.url} cannot be made or was lost \(.*\); give the same .*\n", told)
     assert pushed(complete.path, "--repo-id", repo)[1].startswith("nothing to push")
     assert len(hub.commits(repo)) == 2
+
+
+@pytest.mark.long
+def test_a_hub_that_is_lost_is_an_error_and_what_arrived_stays(complete, tmp_path, command):
+    hub = Hub(tmp_path / "hub")
+    hub.start()
+    try:
+        hub.fail({"method": "PUT", "path": "objects", "do": "die", "after": 5_000})
+        done = command("push", complete.path, "--repo-id", "alice/a", **hub.environment(tmp_path / "home"))
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith(f"alice/a: the connection to {hub.url} cannot be made or was lost")
+        hub.start()
+        done = command("push", complete.path, "--repo-id", "alice/a", **hub.environment(tmp_path / "home"))
+        assert done.returncode == 0
+        assert hub.commits("alice/a") == ["Pushed by scalepeft", "initial commit"]
+    finally:
+        hub.stop()
 
 
 @pytest.mark.long
@@ -329,12 +343,45 @@ def test_a_hub_that_restarts_is_waited_for(complete, tmp_path):
         hub.stop()
 
 
-def test_a_stale_parent_is_an_error_that_says_what_to_do(complete, hub, pushed, repo):
-    hub.fail({"method": "POST", "path": f"{repo}/commit", "do": 412})
-    status, _, told = pushed(complete.path, "--repo-id", repo)
-    assert (status, told.count("\n")) == (2, 1)
-    assert "was changed by somebody else meanwhile; give the same command again" in told
+def test_a_commit_of_somebody_else_meanwhile_is_not_covered(complete, hub, client, repo, tmp_path, pushed):  # noqa: PLR0917
+    """The parent is stale: the Hub answers 412."""
+    hub.fail({"method": "PUT", "path": f"{repo}/objects", "do": "stall", "skip": 1})
+    environment = os.environ | hub.environment(tmp_path / "home")
+    command = [sys.executable, "-m", "scalepeft", "push", complete.path, "--repo-id", repo]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not hub.requests("POST", f"{repo}/verify") and time.monotonic() < until:
+        time.sleep(0.1)
+    code = f"HfApi().upload_file(repo_id={repo!r}, path_in_repo='notes.txt', path_or_fileobj=b'mine', commit_message='mine')"
+    client(f"from huggingface_hub import HfApi; {code}; print(1)")
+    hub.fail()
+    told = process.communicate(timeout=60)[1]
+    assert (process.returncode, told) == (
+        2,
+        f"{repo}: it was changed by somebody else meanwhile; give the same command again: what has arrived is not sent again\n",
+    )
+    assert hub.commits(repo) == ["mine", "initial commit"]
+    sent = len(hub.requests("PUT", repo))
     assert pushed(complete.path, "--repo-id", repo)[0] == 0
+    assert len(hub.requests("PUT", repo)) == sent
+    assert {"notes.txt", ADAPTER} <= set(hub.files(repo))
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (401, "the Hub refuses the token"),
+        (403, "this token may not write there"),
+        (404, "there is no such repository, or this token may not see it"),
+        (500, "the Hub fails (500); later give the same command again"),
+    ],
+)
+def test_what_the_hub_answers_is_told_in_a_line(complete, hub, pushed, repo, status, told):  # noqa: PLR0917  # fixtures
+    hub.fail({"method": "POST", "path": f"{repo}/commit", "do": status})
+    ended, _, error = pushed(complete.path, "--repo-id", repo)
+    assert (ended, error.count("\n")) == (2, 1)
+    assert error.startswith(f"{repo}: {told}")
+    assert hub.commits(repo) == ["initial commit"]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -363,7 +410,7 @@ def test_a_malformed_command_is_refused(complete, given, told):
     [
         ("", "there is no token to push with; set HF_TOKEN, or log in: hf auth login"),
         ("hf_wrong", "the Hub refuses the token"),
-        ("reads", "this token may not write there"),
+        ("reads", "this token may not write there"),  # seen before it is tried
         ("bobs", "this token may not write there"),
     ],
 )
@@ -402,13 +449,6 @@ def test_a_hub_that_is_not_there(complete, pushed, repo):
     assert error.startswith(f"{repo}: the connection to http://127.0.0.1:9 cannot be made")
     status, _, error = pushed(complete.path, "--repo-id", repo, HF_HUB_OFFLINE="1")
     assert (status, error) == (2, f"{repo}: HF_HUB_OFFLINE is set; unset it to push\n")
-
-
-def test_a_hub_that_fails(complete, hub, pushed, repo):
-    hub.fail({"method": "POST", "path": "repos/create", "do": 500})
-    status, _, error = pushed(complete.path, "--repo-id", repo)
-    assert (status, error.count("\n")) == (2, 1)
-    assert error.startswith(f"{repo}: the Hub fails (500); later give the same command again")
 
 
 @pytest.mark.parametrize(
@@ -474,6 +514,69 @@ def test_a_folder_keeps_its_own_card(complete, hub, pushed, repo, tmp_path):
     assert hub.read(repo, "README.md") == b"---\nlicense: mit\n---\n# Mine\n"
 
 
+@pytest.fixture
+def merged(complete, tmp_path, tiny_model) -> Path:
+    """The run with a merged model in it, as `scalepeft merge` leaves one."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    quiet_upstream()
+    run, folder = tmp_path / "run", tmp_path / "run" / "merged"
+    shutil.copytree(complete.path, run)
+    labels = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, **labels)
+    PeftModel.from_pretrained(base, run / "adapter").merge_and_unload().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(run / "adapter").save_pretrained(folder)
+    told = {"base": str(tiny_model), "adapters": {str(run / "adapter"): 1.0}}
+    (folder / "merge.json").write_text(json.dumps(told))
+    return folder
+
+
+def answers(client, code: str, run: Path) -> float:
+    """The largest difference of a loaded model's logits from those of the trained one."""
+    return client(
+        f"{code}\nfrom safetensors.torch import load_file\n"
+        f"found = load_file({str(run / runs.VERIFICATION)!r}); expected = found.pop('logits')\n"
+        "print((model.eval()(**found).logits - expected).abs().max().item())"
+    )
+
+
+@pytest.mark.long
+def test_a_merged_model_is_pushed_with_the_card_of_its_run(merged, hub, pushed, client, repo, tmp_path):  # noqa: PLR0917
+    status, _, warned = pushed(merged, "--repo-id", repo, "--base", "alice/base")
+    assert (status, warned) == (0, "")
+    assert {"model.safetensors", "config.json", "merge.json", "run.json"} <= set(hub.files(repo))
+    assert not any(str(tmp_path).encode() in content for content in published(hub, repo).values())
+    text = hub.read(repo, "README.md").decode()
+    data = metadata(text)
+    assert (data["library_name"], data["base_model_relation"], data["base_model"]) == ("transformers", "finetune", "alice/base")
+    assert answers(client, re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], merged.parent) < 1e-4
+
+
+def test_a_merged_model_and_its_adapter_in_one_repository(merged):
+    files = {
+        file.path: file for file in push.pack_run(Run(merged.parent), "alice/x", base="a/b", merged=merged, with_adapter=True)
+    }
+    assert {"model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= set(files)
+    assert "adapter_config.json" not in files  # beside config.json a loader would lay it over the merged model
+    text = files["README.md"].content.decode()
+    assert 'PeftModel.from_pretrained(base, "alice/x", subfolder="adapter")' in text
+    assert 'AutoModelForSequenceClassification.from_pretrained("alice/x")' in text
+
+
+@pytest.mark.long
+def test_a_run_is_merged_proved_and_pushed(complete, hub, pushed, client, repo, tmp_path):  # noqa: PLR0917  # fixtures
+    pytest.importorskip("scalepeft.merge")
+    shutil.copytree(complete.path, tmp_path / "run")
+    given = (tmp_path / "run", "--repo-id", repo, "--merge", "--with-adapter", "--base", "alice/base")
+    assert pushed(*given)[0] == 0
+    text = hub.read(repo, "README.md").decode()
+    code = re.search(r"```python\n(.*?)# or the adapter", text, re.DOTALL)[1]
+    assert answers(client, code, complete.path) < 1e-4
+    assert {"model.safetensors", f"adapter/{ADAPTER}"} <= set(hub.files(repo))
+    assert pushed(*given)[1].endswith(f"nothing to push: {repo} has all of it (private)\n")
+
+
 # --- from a recipe ---------------------------------------------------------------------------------------------------
 
 
@@ -527,11 +630,12 @@ def test_a_recipe_trains_from_the_hub_and_pushes_to_it(hub, client, repo, toy, c
         ({"hub_model_id": "a//b"}, None, "training.hub_model_id: 'a//b' is no repository id"),
         ({"hub_model_id": "alice/early"}, "", "there is no token to push with"),
         ({"hub_model_id": "alice/early"}, "hf_wrong", "the Hub refuses the token"),
+        ({"hub_model_id": "alice/early"}, "reads", "this token may not write there"),
     ],
 )
 def test_a_push_that_cannot_be_is_told_before_training(hub, toy, command, tmp_path, changes, token, told):  # noqa: PLR0917  # fixtures
     recipe = toy(training={"push_to_hub": True, **changes})
-    done = command("train", recipe, **hub.environment(tmp_path / "home", token))
+    done = command("train", recipe, **hub.environment(tmp_path / "home", getattr(hub, token or "", token)))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert told in done.stderr
     assert not (tmp_path / "run").exists()

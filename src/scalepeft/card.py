@@ -237,7 +237,7 @@ def _index(recipe: Recipe, record: Mapping[str, Any], rows: Mapping[str, Origin]
                     dataset_name=name,
                     dataset_config=source.name if source else None,
                     dataset_split=source.split if source else None,
-                    dataset_revision=origin.revision,
+                    dataset_revision=origin.revision if origin.hub_id else None,
                     metric_type=metric,
                     metric_name=shown,
                     metric_value=round(value, 6),

@@ -78,6 +78,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--revision", metavar="BRANCH", help="the branch to push to, made when it is not there (main)")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, and send nothing")
     options = parser.parse_args(arguments)
+    if not options.folder.is_dir():
+        raise UserError(f"{options.folder}: there is no such folder")
     run = _run(options.folder)
     if options.with_adapter and not options.merge:
         raise UserError("command line: --with-adapter goes with --merge; without it the adapter is what is pushed")
@@ -139,9 +141,7 @@ def in_place_of_this(run: Run) -> NoReturn:
 
 
 def _run(folder: Path) -> Run | None:
-    """The complete run of a folder; None when the folder holds weights and no run."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder")
+    """The complete run of a folder; None when it holds none."""
     if not (folder / runs.RECORD).is_file():
         return None
     run = Run(folder)
@@ -203,9 +203,9 @@ def pack_run(run: Run, repo_id: str, *, base: str | None, merged: Path | None, w
 def pack_folder(folder: Path, repo_id: str, *, base: str | None) -> list[File]:
     """The files of a folder with a model or an adapter, with its own card, or one that says how it is loaded."""
     told = _read_json(folder / _MERGED)
-    trained = Path(str(told.get("run", "")))
-    if told.get("run") and (trained / runs.RECORD).is_file():  # the card of the run that it was merged from
-        return pack_run(Run(trained), repo_id, base=base, merged=folder, with_adapter=False)
+    merged_from = [Path(path).parent for path in told.get("adapters", ())]
+    if len(merged_from) == 1 and (trained := _run(merged_from[0])):  # its card is that of the run
+        return pack_run(trained, repo_id, base=base, merged=folder, with_adapter=False)
     adapter = (folder / "adapter_config.json").is_file()
     if not adapter and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: is neither a run (no {runs.RECORD}) nor a model (no config.json, no adapter_config.json)")
@@ -291,11 +291,9 @@ def _refuse_secrets(files: Sequence[File]) -> None:
 
 
 def _merge(run: Run) -> Path:
-    """The run's model, merged and verified; a merge that is newer than the adapter is taken as it is."""
+    """The folder of the run's model, merged and proved; one that is there already is taken by `scalepeft merge` as it is."""
     folder = run.path / "merged"
-    made, trained = folder / _MERGED, max(p.stat().st_mtime for p in run.weights.glob("*.safetensors"))
-    if not made.is_file() or made.stat().st_mtime < trained:
-        importlib.import_module("scalepeft.merge").merge(run, folder)
+    importlib.import_module("scalepeft.merge").main([str(run.path), "--output", str(folder)])
     return folder
 
 
@@ -328,6 +326,7 @@ def publish(files: Sequence[File], target: Target) -> str:
             commit_message="Pushed by scalepeft",
             revision=target.revision,
             parent_commit=before.sha,
+            num_threads=1,  # of several, one that waits for a lost Hub closes the client of the others, which then give up
         )
         seen = "private" if before.private else "public"
     if commit.oid == before.sha:
@@ -357,8 +356,10 @@ def _asked(target: Target) -> Target:
     if not get_token():
         raise UserError(f"{target.repo_id}: there is no token to push with; set HF_TOKEN, or log in: hf auth login")
     with _explained(target.repo_id):
-        name = _api().whoami()["name"]
-        full = target.repo_id if "/" in target.repo_id else f"{name}/{target.repo_id}"
+        account = _api().whoami()
+        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise UserError(f"{target.repo_id}: {_ANSWERS[403]}")
+        full = target.repo_id if "/" in target.repo_id else f"{account['name']}/{target.repo_id}"
         target = Target(repo_id=full, private=target.private, revision=target.revision)
         _find(_api(), target)
     return target
