@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,11 @@ class Origin:
 def base_of(run: Run, named: str | None) -> Origin:
     """The base of a run; `named` is its Hub id for one that was trained from a folder."""
     model = run.recipe().model
-    if named:
-        return origin(named, "model", None)
-    return origin(model.name_or_path, "model", run.record["revisions"].get(model.name_or_path) or model.revision)
+    here = origin(model.name_or_path, "model", run.record["revisions"].get(model.name_or_path) or model.revision)
+    if not named:
+        return here
+    there = origin(named, "model", None)
+    return replace(there, licence=there.licence or here.licence)
 
 
 def card(run: Run, repo_id: str, base: Origin, *, merged: bool, adapter_in: str | None, pictures: Sequence[str]) -> str:

@@ -410,7 +410,7 @@ def _explanation(error: Exception) -> str:
         cause = cause.__cause__
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it to push"
+        return f"HF_HUB_OFFLINE is set, or was, because nothing answered at {constants.ENDPOINT}; without it {_AGAIN}"
     if status in _ANSWERS:
         return _ANSWERS[status]
     if status is not None and status >= 500:

@@ -73,9 +73,9 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
     if state in ("complete", "trained"):
         return run
     missing_inputs(recipe)
-    offline_if_unreachable(recipe)
     if recipe.training.get("push_to_hub") and speaks():
         push.check(recipe)
+    offline_if_unreachable(recipe)
 
     from transformers import set_seed
 
