@@ -52,6 +52,17 @@ def assets() -> Path:
 
 
 @pytest.fixture(scope="session")
+def hub(tmp_path_factory) -> Any:
+    """One Hub for all tests, in a process of its own; each test pushes to repositories of its own."""
+    from hub import Hub
+
+    served = Hub(tmp_path_factory.mktemp("hub"))
+    served.start()
+    yield served
+    served.stop()
+
+
+@pytest.fixture(scope="session")
 def smollm2(assets) -> Path:  # noqa: ARG001  # the tests' own cache points to the shared one
     """A small real chat model; made once, which takes 20 seconds and 540 MB."""
     from scalepeft import fetch

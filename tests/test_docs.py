@@ -69,6 +69,8 @@ LONG = {
     "scalepeft predict runs/quickstart_sft --data questions.jsonl --output completions.jsonl --max-new-tokens 32": "",
     'echo "Name three fruits." | scalepeft chat runs/quickstart_sft --max-new-tokens 32': "",
     "scalepeft compare runs/quickstart runs/slower --html comparison.html": "",
+    "scalepeft push runs/quickstart --repo-id alice/film-reviews --base sentence-transformers/all-MiniLM-L6-v2 --dry-run": "",
+    "scalepeft push runs/quickstart --repo-id alice/film-reviews --base sentence-transformers/all-MiniLM-L6-v2": "",
     "scalepeft sweep quickstart 'adapter.r=[4,8]' 'training.learning_rate=[1e-3,3e-4]'": TINY,
 }
 """Commands that train or load a model, with what makes them tiny. Those of GPUs run as processes on the CPU."""
@@ -169,10 +171,13 @@ def test_light_commands_run(command, newcomer):
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", LONG)
-def test_long_commands_run(command, request):
+def test_long_commands_run(command, request, monkeypatch, tmp_path):
     trained = request.getfixturevalue("talker" if "quickstart_sft" in command else "trained")
     for name in ("figures.json", "predictions.csv", "completions.jsonl"):
         (trained / name).unlink(missing_ok=True)
+    if " push " in command:
+        for name, value in request.getfixturevalue("hub").environment(tmp_path).items():
+            monkeypatch.setenv(name, value)
     tiny = command.replace(*TWO_CPUS).replace("RECIPE", "recipes/quickstart.yaml")
     said = bash(f"{tiny} {LONG[command]}", trained)
     if ".train" in command or " train " in command:

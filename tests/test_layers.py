@@ -42,6 +42,8 @@ LAYERS = (
     (
         "report",
         "panel",
+        "card",
+        "push",
         "page",
         "compare",
         "grid",
@@ -51,7 +53,6 @@ LAYERS = (
         "predict",
         "preview",
         "merge",
-        "push",
         "plan",
         "train",
     ),

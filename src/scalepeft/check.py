@@ -22,6 +22,8 @@ EXISTING_ADAPTER = "scalepeft.recipe:ExistingAdapter"
 
 REFUSED = {
     "hub_token": "is a secret and recipes are copied into run directories; set HF_TOKEN or use `hf auth login`",
+    "hub_strategy": "is not needed: a run is pushed once, when it is complete and verified",
+    "hub_always_push": "is not needed: a run is pushed once, when it is complete and verified",
     "resume_from_checkpoint": "is not needed: a run resumes by itself, and adapter.name_or_path continues from an adapter",
     "local_rank": "is the launcher's to say",
     "deepspeed": "is the launcher's to say: --launch zero3, or a launch file with deepspeed_config_file",

@@ -14,14 +14,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scalepeft import launch, ranks, upstream
+from scalepeft import launch, push, ranks, upstream
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.console import note, quiet_upstream, say, speaks
 from scalepeft.errors import Interrupted, did_you_mean, one_line, program
-from scalepeft.fetch import asset_path, missing_inputs, offline_if_unreachable
+from scalepeft.fetch import asset_path, is_local, missing_inputs, offline_if_unreachable
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
 
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
         run = train(recipe, fresh=options.fresh)
     if run.record.get("status") != "complete" and speaks():
         _verify_in_place_of_this(run)
+    if speaks() and recipe.training.get("push_to_hub"):
+        push.in_place_of_this(run)
     return 0
 
 
@@ -70,6 +73,8 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
     if state in ("complete", "trained"):
         return run
     missing_inputs(recipe)
+    if recipe.training.get("push_to_hub") and speaks():
+        push.check(recipe)
     offline_if_unreachable(recipe)
 
     from transformers import set_seed
@@ -128,13 +133,14 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     given: dict[str, Any] = {
         "use_cpu": on_cpu,  # without it upstream refuses bf16 on a CPU
         "dataloader_pin_memory": not on_cpu,
-        "hub_private_repo": True,
+        "hub_private_repo": True,  # of a tracker that keeps its pages on the Hub
         "label_names": ["labels"],
         "restore_callback_states_from_checkpoint": recipe.early_stopping is not None,
     }
     if recipe.streams:
         given["train_sampling_strategy"] = "sequential"  # the stream is shuffled in itself
-    given |= {**recipe.training, "output_dir": str(run.path)}
+    # upstream would push the run directory as it stands, its pickled arguments included: see push.py
+    given |= {**recipe.training, "output_dir": str(run.path), "push_to_hub": False}
     if recipe.global_batch_size is not None:  # before the arguments are made: DeepSpeed's are filled from them at once
         given["gradient_accumulation_steps"] = _accumulation(recipe, recipe.global_batch_size)
     if resumed and run.record["evaluation"]:  # before its first step, in the session that began it
@@ -246,7 +252,7 @@ def _record_start(
         "precision": dtype if args.mixed_precision == "no" else f"{args.mixed_precision} over {dtype}",
     }
     if args.process_index == 0:
-        revisions = {**corpus.revisions, **_revision(recipe, trainer)}
+        revisions = {**corpus.revisions, **_revision(recipe)}
         data = run.record["data"] | {"preparation": _preparation(seen)}
         run.update(layout=layout, parameters=parameters, max_steps=total_steps(args, batches), revisions=revisions, data=data)
 
@@ -261,11 +267,18 @@ def _preparation(seen: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     return {name: sorted(hosts.values()) for name, hosts in found.items()}
 
 
-def _revision(recipe: Recipe, trainer: RecipeTraining) -> dict[str, str]:
-    found = getattr(trainer.model.config, "_commit_hash", None) or recipe.model.revision
-    if recipe.model.name_or_path.startswith("fetched:"):
-        found = asset_path(recipe.model.name_or_path).name  # the name with the pinned version
-    return {recipe.model.name_or_path: found} if found else {}
+def _revision(recipe: Recipe) -> dict[str, str]:
+    """The base's commit: transformers keeps none, but loads from a folder of the cache that is named by it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = recipe.model.name_or_path
+    if name.startswith("fetched:"):
+        return {name: asset_path(name).name}  # the name with the pinned version
+    if is_local(name, ()) or Path(name).exists():
+        return {}
+    file = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
+    found = Path(file).parent.name if isinstance(file, str) else recipe.model.revision
+    return {name: found} if found else {}
 
 
 def _record_training(run: Run, corpus: Corpus, trainer: RecipeTraining, seconds: float) -> None:

@@ -193,8 +193,6 @@ class RecipeTraining(Trainer):  # type: ignore[misc]
         """As upstream's, which gathers the frozen base, too (FSDP), or copies all of the model (ZeRO-1 and ZeRO-2)."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self._save(output_dir, state_dict=adapters.whole(model) if engines.in_parts(model) else None)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # as upstream, without training_args.bin: a pickle of all arguments, which nothing here reads

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scalepeft import push
 from scalepeft.console import quiet_upstream, say
 from scalepeft.errors import RunFailed, UserError, one_line, program
 from scalepeft.fetch import offline_if_unreachable
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     run = Run(Path(arguments[0]))
     verify(run)
     say(_closing(run))
+    if run.recipe().training.get("push_to_hub"):
+        push.in_place_of_this(run)
     return 0
 
 
