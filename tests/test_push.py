@@ -625,6 +625,14 @@ def test_a_recipe_trains_from_the_hub_and_pushes_to_it(hub, client, repo, toy, c
     again = command("train", recipe, **environment)
     assert "is complete already" in again.stdout
     assert again.stdout.endswith(f"nothing to push: {repo} has all of it (private)\n")
+    # the rows of a data set of the Hub can also be read while training
+    streamed = ["data.train.streaming=true", "training.max_steps=6"]
+    streamed += ["training.push_to_hub=false", f"training.output_dir={tmp_path}/streamed"]
+    done = command("train", recipe, *streamed, **environment)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "streamed/run.json").read_text())
+    assert record["data"]["rows"]["train"] == 96
+    assert record["revisions"][rows] == hub.repository(rows, "datasets").branches()["main"]
     # and the run is found by its recipe's own words
     assert command("push", tmp_path / "run", **environment).stdout.startswith("nothing to push")
 

@@ -20,7 +20,7 @@ from scalepeft.errors import UserError
 from scalepeft.run import Run
 
 STREAMED = {"streaming": True, "buffer_size": 16}
-TRAINING = {"num_train_epochs": None, "max_steps": 6, "save_strategy": "no", "eval_strategy": "no"}
+TRAINING = {"max_steps": 6, "save_strategy": "no", "eval_strategy": "no"}
 """6 steps of 16: 96 of 70 rows, so that the stream begins anew within the fifth step."""
 
 
@@ -128,7 +128,6 @@ def test_bad_rows_stop_the_run_or_are_counted(toy, train, tmp_path):
     ("override", "told"),
     [
         ("training.max_steps=0", "data.train.streaming needs training.max_steps"),
-        ("training.num_train_epochs=2", "has no meaning for rows that are not counted; give max_steps"),
         ("data.holdout.size=0.2", "cuts rows that are there before training; give data.evaluation"),
         ("data.augmentation.copies=1", "copies rows that are there before training"),
         ("data.evaluation.test.streaming=true", "evaluation sets are prepared"),

@@ -16,7 +16,6 @@ _NOT_STREAMED = {
     ("training", "packing"): "fits rows together that are there before training",
     ("training", "train_sampling_strategy"): "orders rows that are there before training; data.train.buffer_size says how far"
     " the rows of a stream are shuffled",
-    ("training", "num_train_epochs"): "has no meaning for rows that are not counted; give max_steps",
     ("training", "dataloader_num_workers"): "would read the stream once more in each of them",
 }
 """What a stream of training rows cannot serve."""

@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+from huggingface_hub import HfApi
 
 from scalepeft.errors import UserError
 from scalepeft.fetch import PREFIX, asset_path
@@ -194,7 +195,8 @@ def open_stream(source: Source, wanted: Wanted) -> tuple[Opened, Tables]:
     if path.is_dir():
         raise wanted.fail("streaming", f"{path} is a folder: what can be streamed are files and the Hub")
     try:
-        found = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision, streaming=True)
+        commit = HfApi().dataset_info(source.path, revision=source.revision).sha
+        found = datasets.load_dataset(source.path, source.name, split=source.split, revision=commit, streaming=True)
     except Exception as error:  # huggingface_hub raises its own errors, httpx's, datasets' and the system's
         raise hub_error(source, error, wanted.fail) from error
     if not isinstance(found, datasets.IterableDataset):
@@ -208,7 +210,7 @@ def open_stream(source: Source, wanted: Wanted) -> tuple[Opened, Tables]:
         for batch in found.with_format("arrow").iter(batch_size=rows):
             yield from_arrow(pa.table(batch), label, wanted)
 
-    revision = source.revision or str(found.info.version)
+    revision = str(commit)
     return Opened(
         path=source.path,
         identity=f"stream {source.path} {revision}",
