@@ -1,4 +1,4 @@
-# make setup | quickstart | test | test-all | lint | schema | recipes-table | bench. PYTHON chooses the interpreter of .venv.
+# make setup | quickstart | test | test-all | lint | schema | recipes-table | layouts-table | bench. PYTHON chooses the interpreter of .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready-$(shell sed '/^\[tool/,$$d' pyproject.toml | cat - constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install quickstart test test-all test-long lint schema recipes-table bench
+.PHONY: help setup install quickstart test test-all test-long lint schema recipes-table layouts-table bench
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,9 @@ schema: setup  ## write recipes/schema.json anew
 
 recipes-table: setup  ## write recipes/README.md anew
 	$(BIN)/python benchmarks/recipes_table.py
+
+layouts-table: setup  ## run the layout contract and write docs/layouts.md anew
+	$(BIN)/python benchmarks/layouts_table.py
 
 bench: setup  ## measure what is claimed about speed
 	$(BIN)/python benchmarks/startup.py

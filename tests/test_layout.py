@@ -370,3 +370,14 @@ def test_upstreams_own_loss_grows_with_accumulation(toy):
         first[name] = upstream.state.log_history[0]
     for figure in ("loss", "grad_norm"):
         assert first["1x4x4"][figure] == pytest.approx(4 * first["1x16"][figure], rel=1e-4)
+
+
+def test_the_page_is_what_was_measured_and_lacks_nothing(monkeypatch):
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    import layouts_table
+
+    kept = json.loads(layouts_table.KEPT.read_text(encoding="utf-8"))
+    assert layouts_table.PAGE.read_text(encoding="utf-8") == layouts_table.page(kept)
+    assert [(row["layout"], row["recipe"]) for row in kept] == [param.values for param in COMPARED]
+    assert all(max(row["apart"].values(), default=0) < CLOSE for row in kept)
