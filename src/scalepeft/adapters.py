@@ -302,11 +302,13 @@ def _trained_tokens(base: PreTrainedModel, config: PeftConfig) -> set[int]:
 
 
 def _usable(recipe: Recipe, model: PeftModel) -> PeftModel:
-    for parameter in model.parameters() if recipe.precision != "no" else ():
-        # peft raises an adapter to fp32 and leaves a head in the base's dtype, which loses small updates and which fp16's
-        # gradient scaler refuses; autocast lets them meet. A sharded parameter is its engine's to convert
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16) and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.float()
+    # peft raises an adapter to fp32 and leaves a head in the base's dtype, which loses small updates and which fp16's gradient
+    # scaler refuses; autocast lets them meet. DeepSpeed has no autocast: all has the low precision, with fp32 copies of its own
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
+    dtype = low if engines.asked() == "DEEPSPEED" else torch.float32
+    for parameter in model.parameters() if low else ():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16, torch.float32):
+            parameter.data = parameter.data.to(dtype)
     if recipe.generative and isinstance(model.get_output_embeddings(), BaseTunerLayer):
         kind = model.peft_type.value
         hint = (

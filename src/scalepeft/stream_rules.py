@@ -42,7 +42,7 @@ def problems(document: Document, values: Mapping[str, Any]) -> Iterator[str]:
         found: Any = values
         for name in place:
             found = mapping(found).get(name)
-        if found:
+        if found and found != "random":  # the sampling strategy that is none
             yield f"{document.where(place)}: {'.'.join(place)} {told} (data.train.streaming)"
     if not training.get("max_steps"):
         yield f"{document.where(('data', 'train', 'streaming'))}: data.train.streaming needs training.max_steps"

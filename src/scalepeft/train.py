@@ -237,10 +237,13 @@ def _record_start(
     """Record the layout, the parameters, the steps, the revisions and who prepared the rows that the processes have seen."""
     import torch
 
+    from scalepeft import engines
     from scalepeft.trainer import total_steps
 
     args, batches = trainer.args, trainer.step_batches()
-    dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(next(p.dtype for p in trainer.model.parameters() if p.is_floating_point())).removeprefix("torch.")
+    if engines.asked() == "DEEPSPEED":  # which turns the weights into those of its mixed precision
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(args.mixed_precision, dtype)
     layout = {
         "processes": args.world_size,
         "per_device_train_batch_size": args.per_device_train_batch_size,
@@ -249,6 +252,7 @@ def _record_start(
         "engine": trainer.accelerator.distributed_type.value,
         "device": args.device.type,
         "threads": torch.get_num_threads(),
+        "dtype": dtype,
         "precision": dtype if args.mixed_precision == "no" else f"{args.mixed_precision} over {dtype}",
     }
     if args.process_index == 0:

@@ -101,7 +101,9 @@ def _compare_logits(run: Run, trained: Trained) -> dict[str, Any]:
     device = next(trained.parameters()).device
     inputs = {k: v.to(device) for k, v in reference.items()}
     logits = model.answers(run.recipe(), trained, inputs)
-    dtype = str(trained.config.dtype)
+    # of the reloaded weights, or of those that were trained where an engine had them in another
+    reloaded = str(trained.config.dtype)
+    dtype = max(reloaded, f"torch.{run.record['layout'].get('dtype', 'float32')}", key=_TOLERANCE.__getitem__)
     tolerance = _TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
     difference = (logits - expected).abs().max().item()
     return {
