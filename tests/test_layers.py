@@ -35,6 +35,8 @@ LAYERS = (
         "initialisations",
         "adapters",
         "model",
+        "shards",
+        "folding",
     ),
     ("tasks", "callbacks", "adalora", "trainer", "language", "kinds", "session"),
     (
@@ -47,6 +49,7 @@ LAYERS = (
         "verify",
         "predict",
         "preview",
+        "proof",
         "merge",
         "push",
         "plan",
