@@ -14,7 +14,7 @@ from scalepeft.errors import RunFailed, UserError, one_line, program
 if TYPE_CHECKING:
     import torch
 
-    from scalepeft.folding import Order
+    from scalepeft.base import Order
 
 PLAN = "merge.part.json"
 INPUTS = "rows.part.safetensors"
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def prove(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Compare the merged model with base and adapter: logits of real rows, or, where these do not fit, layer by layer."""
-    from scalepeft.folding import Order
+    from scalepeft.base import Order
 
     order = Order(**plan["order"])
     if fits(order):
@@ -57,7 +57,7 @@ def fits(order: Order) -> bool:
     """Whether a model computes in float32 in the memory that is free, with a fifth to spare for what its layers give."""
     import psutil
 
-    from scalepeft.folding import dtype
+    from scalepeft.base import dtype
     from scalepeft.shards import Checkpoint
 
     checkpoint = Checkpoint(Path(order.base))
@@ -94,7 +94,7 @@ def merged_in_memory(order: Order) -> Any:
     """What a merge would write, in float32: merged by peft and rounded once to the dtype that is written."""
     import torch
 
-    from scalepeft.folding import dtype
+    from scalepeft.base import dtype
 
     model = reference(order).merge_and_unload()
     for parameter in model.parameters():
@@ -125,7 +125,7 @@ def _loaded(order: Order, *, quantised: bool) -> Any:
     import transformers
     from transformers import BitsAndBytesConfig
 
-    from scalepeft.folding import configuration
+    from scalepeft.base import configuration
 
     given: dict[str, Any] = {"dtype": order.dtype or "auto", "trust_remote_code": order.trust_remote_code}
     if not order.packed:
@@ -226,7 +226,7 @@ def _compare_layers(order: Order, folder: Path) -> dict[str, Any]:
             worst = max(worst, fold.difference(unit, own, LAYER_ROWS))
     for slot in slots:
         if not any(slot.key.startswith(f"{unit}.") for unit in fold.units):
-            tensor = fold.tensor(slot).to(slot.dtype)
+            tensor = fold.tensor(slot)
             if not torch.equal(
                 written.get(slot.name).reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8)
             ):
@@ -255,7 +255,7 @@ def measure(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
 
     from safetensors.torch import load_file
 
-    from scalepeft.folding import Order
+    from scalepeft.base import Order
 
     order = Order(**plan["order"])
     if not fits(order):

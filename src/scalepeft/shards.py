@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,39 +152,39 @@ def shard_name(number: int, of: int) -> str:
     return SINGLE if of == 1 else f"model-{number + 1:05}-of-{of:05}.safetensors"
 
 
-def write(file: Path, slots: Sequence[Slot], tensors: Iterator[torch.Tensor]) -> str:
+def write(file: Path, slots: Sequence[Slot], parts: Callable[[Slot], Iterable[torch.Tensor]]) -> str:
     """Write a shard beside and rename it when it is whole and on the disk; returns its sha256.
 
-    The tensors come one by one, in the order of the slots: no more than one of them is held.
+    `parts` gives a tensor's values in their order, in as many tensors as it likes: no more than one of them is held.
     """
     beside = file.with_name(f"{file.name}.part")
     digest = hashlib.sha256()
     with beside.open("wb", buffering=0) as stream:
-        for part in _parts(slots, tensors):
-            digest.update(part)
-            while part:
-                part = part[stream.write(part) :]  # noqa: PLW2901  # the rest of a short write
+        for content in _contents(slots, parts):
+            digest.update(content)
+            while content:
+                content = content[stream.write(content) :]  # noqa: PLW2901  # the rest of a short write
         os.fsync(stream.fileno())
     beside.replace(file)
     return digest.hexdigest()
 
 
-def _parts(slots: Sequence[Slot], tensors: Iterator[torch.Tensor]) -> Iterator[memoryview]:
+def _contents(slots: Sequence[Slot], parts: Callable[[Slot], Iterable[torch.Tensor]]) -> Iterator[memoryview]:
     described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for slot in slots:
-        described[slot.name] = {
-            "dtype": _CODES[slot.dtype],
-            "shape": list(slot.shape),
-            "data_offsets": [start, start + slot.bytes],
-        }
-        start += slot.bytes
+        offsets = [start, start := start + slot.bytes]
+        described[slot.name] = {"dtype": _CODES[slot.dtype], "shape": list(slot.shape), "data_offsets": offsets}
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
-    for slot, tensor in zip(slots, tensors, strict=True):
-        assert (tensor.dtype, tuple(tensor.shape)) == (slot.dtype, slot.shape), slot  # noqa: S101  # our own plan
-        yield raw(tensor)
+    for slot in slots:
+        written = 0
+        for tensor in parts(slot):
+            assert tensor.dtype == slot.dtype, slot  # noqa: S101  # our own plan
+            written += tensor.numel()
+            yield raw(tensor)
+        assert written == torch.Size(slot.shape).numel(), slot  # noqa: S101
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
