@@ -69,6 +69,8 @@ LONG = {
     'echo "Name three fruits." | scalepeft chat runs/quickstart_sft --max-new-tokens 32': "",
     "scalepeft compare runs/quickstart runs/slower --html comparison.html": "",
     "scalepeft sweep quickstart 'adapter.r=[4,8]' 'training.learning_rate=[1e-3,3e-4]'": TINY,
+    "scalepeft merge runs/quickstart --output merged": "",
+    "scalepeft merge runs/quickstart --output merged-bf16 --dtype bfloat16 --verify reviews.csv": "",
 }
 """Commands that train or load a model, with what makes them tiny. Those of GPUs run as processes on the CPU."""
 

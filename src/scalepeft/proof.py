@@ -147,10 +147,7 @@ def _in_float32(model: Any, order: Order) -> Any:
 
 
 def _ready(model: Any) -> Any:
-    import torch
-
-    torch.set_grad_enabled(False)
-    return model.eval()
+    return model.eval().requires_grad_(False)  # torch's own signature
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------
@@ -182,6 +179,8 @@ def _compare_logits(order: Order, folder: Path, rows: Path) -> dict[str, Any]:
 
 def _answers(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
     """The logits of each row alone: padding costs time, and a row's answer is its own."""
+    import torch
+
     rows = len(next(iter(inputs.values())))
     encoder_decoder = model.config.is_encoder_decoder
     for row in range(rows):
@@ -191,7 +190,8 @@ def _answers(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[torch.T
             given = {name: tensor[:, kept] for name, tensor in given.items()}
         if encoder_decoder:
             given["decoder_input_ids"] = given["input_ids"][:, :LAST_POSITIONS]
-        out = model(**given)
+        with torch.no_grad():
+            out = model(**given)
         logits = out.logits if "logits" in out else out[0]
         yield (logits[:, -LAST_POSITIONS:] if logits.dim() == 3 else logits).float().clone()
 
@@ -217,7 +217,6 @@ def _compare_layers(order: Order, folder: Path) -> dict[str, Any]:
     slots = [slot for group in fold.slots() for slot in group]
     if {slot.name for slot in slots} != set(written.names):
         raise RunFailed(f"{folder}: does not hold the tensors of the model")
-    torch.set_grad_enabled(False)
     torch.manual_seed(0)
     worst, differing = 0.0, []
     for unit in fold.units:
@@ -313,6 +312,7 @@ class _Rows:
     def loss(self, model: Any) -> float | None:
         """The task's loss; None for preferences, which are measured against a second model."""
         import numpy as np
+        import torch
 
         from scalepeft.trainer import Rows
 
@@ -323,7 +323,8 @@ class _Rows:
         measured = []
         for start in range(0, len(rows), 8):
             batch = self.task.collate(rows.__getitems__(list(range(start, min(start + 8, len(rows))))))
-            measured.append(self.task.measure(model, batch).float().numpy())
+            with torch.no_grad():
+                measured.append(self.task.measure(model, batch).float().numpy())
         references = np.empty(0) if self.recipe.generative else self.prepared.labels
         return self.task.metrics(np.concatenate(measured), references)["loss"]
 
