@@ -31,6 +31,8 @@ from transformers import (  # noqa: E402
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from scalepeft import folding, merge, orders, proof  # noqa: E402
@@ -248,6 +250,38 @@ def test_what_is_no_change_of_weights_is_refused(kind, bases, tmp_path):
     assert len(told.value.problems) == 1
 
 
+@pytest.fixture(scope="module")
+def tiny_moe(tiny_lm, tmp_path_factory) -> Path:
+    """A Mixtral, whose experts lie one by one in the files and together in the model."""
+    folder = tmp_path_factory.mktemp("tiny-moe")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer), **sizes, **heads)).save_pretrained(folder)
+    return folder
+
+
+def test_experts_are_copied_as_they_lie_in_the_files(tiny_moe, tmp_path, monkeypatch):
+    here(monkeypatch, memory=2**40)
+    folder = adapter(tiny_moe, DECODER, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    run_merge(folder, "--output", tmp_path / "merged")
+    assert sorted(Checkpoint(tmp_path / "merged").names) == sorted(Checkpoint(tiny_moe).names)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    agree(merged, by_peft(tiny_moe, DECODER, folder))
+
+
+def test_an_adapter_of_experts_is_merged_in_memory_only(tiny_moe, tmp_path, monkeypatch, capsys):
+    here(monkeypatch, memory=2**40)
+    options = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    folder = adapter(tiny_moe, DECODER, tmp_path / "adapter", **options)
+    capsys.readouterr()  # the bars of making it
+    assert "give --in-memory" in refused(capsys, tmp_path, folder, "--output", tmp_path / "merged")
+    run_merge(folder, "--output", tmp_path / "merged", "--in-memory")
+    agree(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict(), by_peft(tiny_moe, DECODER, folder))
+
+
 # --- every tensor of the adapter --------------------------------------------------------------------------------------
 
 
@@ -387,7 +421,8 @@ def quantised(tiny_lm, tmp_path_factory) -> Any:
     return train_here(write_chat(folder, tiny_lm, quantization=quantization))
 
 
-def test_the_base_nearer_to_what_was_trained_is_chosen(quantised, tmp_path, capsys):
+def test_the_base_nearer_to_what_was_trained_is_chosen(quantised, tmp_path, capsys, monkeypatch):
+    here(monkeypatch, memory=2**40)
     rows = quantised.path.parent / "chat_test.jsonl"
     run_merge(quantised.path, "--output", tmp_path / "merged", "--verify", rows)
     said = capsys.readouterr().out
@@ -402,12 +437,14 @@ def test_the_base_nearer_to_what_was_trained_is_chosen(quantised, tmp_path, caps
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
 
 
-def test_the_original_base_is_merged_into_when_asked(quantised, bases, tmp_path):
+def test_the_original_base_is_merged_into_when_asked(quantised, bases, tmp_path, monkeypatch):
+    here(monkeypatch, memory=2**40)
     run_merge(quantised.path, "--output", tmp_path / "merged", "--base", "original")
     agree(load_file(tmp_path / "merged/model.safetensors"), by_peft(bases[DECODER], DECODER, quantised.path / "adapter"))
 
 
-def test_a_base_whose_files_are_quantised_is_read_as_what_they_stand_for(quantised, tiny_lm, tmp_path):
+def test_a_base_whose_files_are_quantised_is_read_as_what_they_stand_for(quantised, tiny_lm, tmp_path, monkeypatch):
+    here(monkeypatch, memory=2**40)
     from transformers import BitsAndBytesConfig
 
     given = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

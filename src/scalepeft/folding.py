@@ -142,6 +142,7 @@ class Fold:
         self.model = attached(model, order)
         self.units = list(_units(model))
         """The names of the modules that the adapter changes."""
+        self._check_reach()
         self._check_new()
         self._ready: dict[str, dict[str, torch.Tensor]] = {}
         self.untied = self._untied()
@@ -275,10 +276,6 @@ class Fold:
             tensor = owner._parameters[own]  # noqa: SLF001
             if tensor is None:
                 continue
-            if tensor.device.type == "meta":
-                raise UserError(
-                    f"{self.order.adapters[0]}: changes {key}, which transformers makes of several tensors; give --in-memory"
-                )
             value = self.base.value(key, tensor.detach())
             copy = value.to(torch.float32, copy=True) if value.is_floating_point() else value.clone()
             owner._parameters[own] = torch.nn.Parameter(copy, requires_grad=False)  # noqa: SLF001
@@ -289,6 +286,15 @@ class Fold:
         model, wanted = self.base.model, self.order.vocabulary
         if wanted and wanted > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(wanted, mean_resizing=False)
+
+    def _check_reach(self) -> None:
+        """Raise UserError for a change of what transformers makes of several tensors of the files: these are copied."""
+        for unit in self.units:
+            for name, owner, own in _base_parameters(self.base.model.get_submodule(unit)):
+                tensor = owner._parameters[own]  # noqa: SLF001
+                if tensor is not None and tensor.device.type == "meta":
+                    told = f"changes {unit}.{name}, which transformers makes of several tensors of the files"
+                    raise UserError(f"{self.order.adapters[0]}: {told}; give --in-memory")
 
     def _check_new(self) -> None:
         """Raise UserError for tensors that neither the base nor the adapter has."""

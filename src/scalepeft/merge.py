@@ -333,6 +333,8 @@ def _in_memory(order: Order, asked: Asked, model: Path) -> tuple[dict[str, str],
     from scalepeft.base import dtype
     from scalepeft.fetch import file_sha256
 
+    if not proof.fits(order):
+        raise UserError(f"{order.base_name}: does not fit into the memory that is free; leave out --in-memory")
     try:
         merged = proof.reference(order).merge_and_unload()
     except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
@@ -376,6 +378,8 @@ def _proved(part: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     found = _in_fresh_process("prove", part)
     if not found.pop("passed"):
         what = f"largest difference {found['max_difference']:.3g}, allowed {found['bound']:.3g}"
+        if differing := found.get("differing"):
+            what = f"{len(differing)} tensors are not the base's: {differing[0]}, ..."
         raise RunFailed(
             f"{plan['order']['adapters'][0]}: the merged model does not answer as base and adapter do ({what}); nothing is kept"
         )
