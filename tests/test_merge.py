@@ -586,34 +586,58 @@ def whole(output: Path, expected: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(checkpoint.get(name), tensor) for name, tensor in expected.items())
 
 
+KILLED = """
+import os, signal, sys, time
+from scalepeft.console import quiet_upstream
+quiet_upstream()
+import torch, transformers.models.llama.modeling_llama
+import scalepeft.folding
+from scalepeft import merge
+from scalepeft.errors import program
+torch.set_num_threads(1)
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        os._exit(program(merge.main, sys.argv[1:]))
+    if float(line):
+        time.sleep(float(line))
+        os.kill(child, signal.SIGKILL)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Merges, each in a process that has its imports already, killed after so many seconds; 0 lets it end."""
+
+
 @pytest.mark.long
 def test_killed_at_twenty_points_it_is_never_taken_for_finished(lora, bases, tmp_path):
-    """A process that dies at a moment leaves what SIGKILL leaves; each second try must complete the first."""
-    expected = folded(order(bases[DECODER], DECODER, lora))
-    command = [sys.executable, "-m", "scalepeft", "merge", str(lora), "--shard-size", "0.05MB", "--output"]
-    started = time.monotonic()
-    subprocess.run([*command, str(tmp_path / "straight")], check=True, capture_output=True)
-    length = time.monotonic() - started
-    whole(tmp_path / "straight", expected)
-    output = tmp_path / "merged"
-    resumed = 0
-    for point in range(20):
-        process = subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        # the later half lies where shards are written and proved
-        time.sleep(length * (0.1 + 0.045 * point))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if output.exists():
-            whole(output, expected)
+    expected, output = folded(order(bases[DECODER], DECODER, lora)), tmp_path / "merged"
+    command = [sys.executable, "-c", KILLED, str(lora), "--shard-size", "0.02MB", "--output", str(output)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def merged(seconds: float) -> int:
+            process.stdin.write(f"{seconds}\n")
+            process.stdin.flush()
+            return int(next(line for line in process.stdout if line.startswith("ended")).split()[1])
+
+        merged(0.01)  # the first waits for the imports
+        started = time.monotonic()
+        assert merged(0) == 0
+        length = time.monotonic() - started
+        whole(output, expected)
+        written = max(p.stat().st_mtime for p in output.glob("*.safetensors")) - time.time() + time.monotonic() - started
+        times = [written * (n + 0.5) / 14 for n in range(14)] + [written + (length - written) * n / 6 for n in range(1, 7)]
+        left = set()
+        for seconds in times:
             shutil.rmtree(output)
-            shutil.rmtree(tmp_path / "merged.part", ignore_errors=True)
-            continue
-        resumed += any((tmp_path / "merged.part").rglob("*.safetensors"))
-        if point % 4 == 3:
-            subprocess.run([*command, str(output)], check=True, capture_output=True)
+            ended = merged(seconds)
+            assert ended in (0, -signal.SIGKILL)
+            if output.exists():
+                whole(output, expected)
+            left.add(len(list((tmp_path / "merged.part").rglob("*.safetensors"))))
+            assert merged(0) == 0
             whole(output, expected)
-            shutil.rmtree(output)
-    assert resumed
+            assert {p.name for p in tmp_path.iterdir()} == {"merged"}
+        assert len(left) > 2, "killed at the same place each time"
+        process.stdin.close()
 
 
 DYING = """
