@@ -72,6 +72,8 @@ LONG = {
     "scalepeft push runs/quickstart --repo-id alice/film-reviews --base sentence-transformers/all-MiniLM-L6-v2 --dry-run": "",
     "scalepeft push runs/quickstart --repo-id alice/film-reviews --base sentence-transformers/all-MiniLM-L6-v2": "",
     "scalepeft sweep quickstart 'adapter.r=[4,8]' 'training.learning_rate=[1e-3,3e-4]'": TINY,
+    "scalepeft merge runs/quickstart --output merged": "",
+    "scalepeft merge runs/quickstart --output merged-bf16 --dtype bfloat16 --verify reviews.csv": "",
 }
 """Commands that train or load a model, with what makes them tiny. Those of GPUs run as processes on the CPU."""
 

@@ -37,6 +37,9 @@ LAYERS = (
         "initialisations",
         "adapters",
         "model",
+        "shards",
+        "base",
+        "folding",
     ),
     ("tasks", "callbacks", "adalora", "trainer", "language", "kinds", "session"),
     (
@@ -52,6 +55,8 @@ LAYERS = (
         "verify",
         "predict",
         "preview",
+        "orders",
+        "proof",
         "merge",
         "plan",
         "train",

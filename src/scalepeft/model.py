@@ -161,7 +161,7 @@ def load(run: Run) -> Trained:
     Raises RunFailed when the run's weights are missing or damaged.
     """
     recipe, weights = run.recipe(), str(run.weights)
-    vocabulary = len(AutoTokenizer.from_pretrained(weights)) if _grows(recipe) else 0
+    vocabulary = len(AutoTokenizer.from_pretrained(weights)) if grows(recipe) else 0
     base = None if recipe.adapter is None else load_base(recipe, run.record["labels"], vocabulary)[0]
     try:
         if base is None:
@@ -219,12 +219,12 @@ def load_base(recipe: Recipe, labels: Sequence[str], vocabulary: int = 0) -> tup
     if recipe.model.attn_implementation:
         options["attn_implementation"] = recipe.model.attn_implementation
     if recipe.quantization is not None:
-        options["quantization_config"] = _quantization(recipe, config)
+        options["quantization_config"] = quantization(recipe, config)
     with upstream_errors(recipe, "model.name_or_path"):
         model, loading = _AUTO[recipe.task].from_pretrained(
             *_base(recipe), config=config, output_loading_info=True, **options, **_source(recipe)
         )
-    if _grows(recipe) and vocabulary > model.get_input_embeddings().num_embeddings:
+    if grows(recipe) and vocabulary > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(vocabulary)
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights at their first evaluation on a CPU with AVX512-BF16: training then crashes or goes
@@ -242,7 +242,7 @@ def load_base(recipe: Recipe, labels: Sequence[str], vocabulary: int = 0) -> tup
     return model, new
 
 
-def _grows(recipe: Recipe) -> bool:
+def grows(recipe: Recipe) -> bool:
     """Whether the tokenizer may be longer than the base's embedding: by added tokens, now or in the run that is continued."""
     return bool(recipe.model.added_tokens) or "name_or_path" in (recipe.adapter or {})
 
@@ -264,7 +264,7 @@ def _config(recipe: Recipe, labels: Sequence[str] | None) -> Any:
     return config
 
 
-def _quantization(recipe: Recipe, config: Any) -> BitsAndBytesConfig:
+def quantization(recipe: Recipe, config: Any) -> BitsAndBytesConfig:
     """BitsAndBytesConfig with the head left unquantised: a 4-bit head cannot be trained.
 
     The head is what the model has beside its backbone, seen on a model without storage.
