@@ -276,6 +276,7 @@ def test_a_branch_is_made_and_main_stays(complete, hub, pushed, repo):
     assert ADAPTER in hub.files(repo, "v1")
 
 
+@pytest.mark.long
 def test_a_push_that_was_killed_goes_on(complete, hub, repo, tmp_path, pushed):
     hub.fail({"method": "PUT", "path": f"{repo}/objects", "do": "stall", "skip": 1})
     environment = os.environ | hub.environment(tmp_path / "home")
@@ -347,6 +348,7 @@ def test_a_hub_that_restarts_is_waited_for(complete, tmp_path):
         hub.stop()
 
 
+@pytest.mark.long
 def test_a_commit_of_somebody_else_meanwhile_is_not_covered(complete, hub, client, repo, tmp_path, pushed):  # noqa: PLR0917
     """The parent is stale: the Hub answers 412."""
     hub.fail({"method": "PUT", "path": f"{repo}/objects", "do": "stall", "skip": 1})
