@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "layouts.md"
 KEPT = ROOT / "benchmarks" / "results" / "layouts.json"
+OVERHEAD = KEPT.with_name("layout_overhead.json")
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes")
 FIGURES = {"loss": "loss", "grad_norm": "gradient norm", "eval_loss": "evaluation loss", "weights": "adapter"}
 
@@ -111,6 +112,9 @@ lost, its peers end with their next exchange, or after `training.ddp_timeout` se
 | ZeRO-2 | weights | gradients, optimizer | by process 0 |
 | ZeRO-3, FSDP2 | a layer at a time | weights, gradients, optimizer | the adapter, gathered tensor by tensor |
 
+Two processes of one thread trained {overhead:.2f} times as many rows per second as one process of two threads ({range}; a small
+encoder in fp32, two cores, in turn: `benchmarks/layout_overhead.py`).
+
 Rows are prepared once where processes share a cache (`SCALEPEFT_CACHE`), and once on each machine where they do not; the start
 panel and `run.json` say which. The run directory must be one that all machines share.
 
@@ -126,10 +130,13 @@ def page(kept: Sequence[Mapping[str, Any]]) -> str:
     from scalepeft.engines import _IN_PARTS
 
     versions = kept[0]["versions"]
+    overhead = json.loads(OVERHEAD.read_text(encoding="utf-8"))
     steps = {kind: {row["steps"] for row in kept if row["recipe"].startswith(kind)} for kind in ("encoder", "decoder")}
     return PROSE.format(
         files="\n".join(files()),
         close=1e-5,
+        overhead=overhead["median"],
+        range=f"{min(overhead['ratios']):.2f} to {max(overhead['ratios']):.2f}",
         device={"cpu": "CPUs", "cuda": "GPUs"}[kept[0]["device"]],
         date=max(row["date"] for row in kept)[:10],
         versions=", ".join(f"{name} {versions[name]}" for name in PACKAGES),

@@ -9,6 +9,7 @@ import pickletools
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -350,8 +351,10 @@ def test_a_global_batch_is_accumulated(toy, train, complete):
     assert len(trajectory(run)) == len(trajectory(complete))
 
 
-def test_bf16_autocast_and_bf16_weights_run(toy, train):
+def test_bf16_autocast_and_bf16_weights_run(toy, train, capfd):
     mixed = train(toy("mixed", training={"bf16": True}))
+    slow = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert ("training.bf16: this CPU computes bf16 in software" in capfd.readouterr().err) is slow
     assert mixed.record["layout"]["precision"] == "bf16 over float32"
     pure = train(toy("pure", model={"dtype": "bfloat16"}))
     assert "bfloat16" in pure.record["layout"]["precision"]
