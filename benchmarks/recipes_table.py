@@ -150,6 +150,7 @@ def page() -> str:
     """The text of recipes/README.md."""
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     experiments, language = (results.pop(path.stem, {}) for path in (EXPERIMENTS, LANGUAGE))
+    results = {name: found for name, found in results.items() if "recipe" in found}  # beside them lie other benchmarks'
     measured = {found["recipe"]: found for found in results.values()}
     table = [row(name, path, measured.get(relative(path))) for name, path in recipes.shipped_recipes().items()]
     heads = ("recipe", "base model", "data", "parameters trained", "documented or reference", "measured")

@@ -150,7 +150,8 @@ def test_each_type_is_merged_as_peft_does(kind, which, bases, tmp_path):
     agree(folded(order(bases[which], which, folder)), by_peft(bases[which], which, folder), last_places=places)
 
 
-@pytest.mark.parametrize("which", [pytest.param(ENCODER, marks=pytest.mark.long), DECODER])
+@pytest.mark.long
+@pytest.mark.parametrize("which", [ENCODER, DECODER])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_variant_of_lora_is_merged_as_peft_does(variant, which, bases, tmp_path):
     options = table.EVERYWHERE | {"r": 4} | VARIANTS[variant]

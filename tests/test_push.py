@@ -270,6 +270,7 @@ def test_a_changed_run_is_one_more_commit_and_leaves_what_is_not_ours(complete, 
     assert len(hub.commits(repo)) == 4
 
 
+@pytest.mark.long
 def test_a_branch_is_made_and_main_stays(complete, hub, pushed, repo):
     pushed(complete.path, "--repo-id", repo, "--revision", "v1")
     assert list(hub.files(repo)) == [".gitattributes"]
@@ -297,12 +298,14 @@ def test_a_push_that_was_killed_goes_on(complete, hub, repo, tmp_path, pushed):
     assert hub.commits(repo) == ["Pushed by scalepeft", "initial commit"]
 
 
+@pytest.mark.long
 def test_a_connection_that_is_cut_is_taken_up_again(complete, hub, pushed, repo):
     hub.fail({"method": "PUT", "path": f"{repo}/objects", "do": "cut", "after": 10_000})
     assert pushed(complete.path, "--repo-id", repo)[0] == 0
     assert hub.read(repo, ADAPTER) == (complete.path / "adapter" / ADAPTER).read_bytes()
 
 
+@pytest.mark.long
 def test_a_commit_whose_answer_is_lost_is_found_done(complete, hub, pushed, repo):
     hub.fail({"method": "POST", "path": f"{repo}/commit", "do": "mute"})
     status, _, told = pushed(complete.path, "--repo-id", repo)
@@ -373,6 +376,7 @@ def test_a_commit_of_somebody_else_meanwhile_is_not_covered(complete, hub, clien
     assert {"notes.txt", ADAPTER} <= set(hub.files(repo))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("status", "told"),
     [
@@ -639,6 +643,7 @@ def test_a_recipe_trains_from_the_hub_and_pushes_to_it(hub, client, repo, toy, c
     assert command("push", tmp_path / "run", **environment).stdout.startswith("nothing to push")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("changes", "token", "told"),
     [
