@@ -58,10 +58,11 @@ def run(installed, assets, tmp_path):  # noqa: ARG001  # the assets must be ther
     return program
 
 
-def test_the_wheel_holds_the_package_and_the_recipes_only(wheel):
+def test_the_wheel_holds_the_package_the_recipes_and_the_launch_files_only(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     sources = {f"scalepeft/{p.relative_to(ROOT / 'src/scalepeft')}" for p in (ROOT / "src/scalepeft").rglob("*.py")}
-    recipes = {f"scalepeft/{p.relative_to(ROOT)}" for p in (ROOT / "recipes").rglob("*") if p.is_file()}
+    folders = ("recipes", "accelerate_configs")
+    recipes = {f"scalepeft/{p.relative_to(ROOT)}" for name in folders for p in (ROOT / name).rglob("*") if p.is_file()}
     about = {name for name in names if name.startswith(f"scalepeft-{scalepeft.__version__}.dist-info/")}
     assert set(names) == sources | recipes | about
     assert any(name.endswith("licenses/LICENSE") for name in about)
@@ -83,3 +84,5 @@ def test_the_quickstart_trains_to_the_end(run, tmp_path):
     tiny = ["data.train.sample_rows=64", "data.evaluation.test.sample_rows=32", "training.max_steps=2"]
     assert "reloaded in a fresh process" in run("train", "quickstart", *tiny)
     assert json.loads((tmp_path / "runs/quickstart/run.json").read_text(encoding="utf-8"))["status"] == "complete"
+    two = ["training.output_dir=runs/two", "--launch", "multi_cpu", "--num-processes", "2"]
+    assert "2 processes (MULTI_CPU)" in run("train", "quickstart", *tiny, *two)
