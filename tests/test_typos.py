@@ -73,7 +73,13 @@ def renamed(source: Document, key: Key, wrong: str) -> Document:
     return Document(path=source.path, text=source.text, values=values, lines=lines)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+QUICK = ("quickstart", "quickstart_sft", "mnli_qlora", "dpo_lora")
+"""One of each kind; each recipe takes seconds."""
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=() if p.stem in QUICK else pytest.mark.long) for p in RECIPES]
+)
 def test_every_typo_is_refused_at_its_line_and_the_key_is_suggested(path):
     source = document.read(path)
     missed, total = [], 0
