@@ -169,3 +169,13 @@ def test_two_machines_are_given_the_same_line_but_for_the_rank(recipe, tmp_path,
     record = Run(tmp_path / "run").record
     assert (record["status"], record["layout"]["processes"]) == ("complete", 2)
     assert not said[1][0], "the second machine has nothing to say"
+
+
+@pytest.mark.long
+def test_deepspeed_compiles_once_for_all_processes_and_says_so(recipe, tmp_path, command):
+    words = [recipe, "training.max_steps=1", "--launch", "zero2", "--cpu"]
+    found = command("train", *words, TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.count("is compiled, once on this machine") == 1
+    assert found.stderr.count("is compiled: ") == 1
+    assert "built successfully" not in found.stdout + found.stderr
