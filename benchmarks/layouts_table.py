@@ -127,7 +127,7 @@ the contract is one of fp32, and with `bf16` the losses of ZeRO differ from thos
 
 def page(kept: Sequence[Mapping[str, Any]]) -> str:
     """The text of docs/layouts.md."""
-    from scalepeft.engines import _IN_PARTS
+    from scalepeft.engines import IN_PARTS
 
     versions = kept[0]["versions"]
     overhead = json.loads(OVERHEAD.read_text(encoding="utf-8"))
@@ -142,8 +142,8 @@ def page(kept: Sequence[Mapping[str, Any]]) -> str:
         versions=", ".join(f"{name} {versions[name]}" for name in PACKAGES),
         table="\n".join(table(kept)),
         **{kind: " or ".join(map(str, sorted(found))) for kind, found in steps.items()},
-        zero3=", ".join(_IN_PARTS["ZeRO-3"]),
-        fsdp2=", ".join(_IN_PARTS["FSDP2"]),
+        zero3=", ".join(IN_PARTS["ZeRO-3"]),
+        fsdp2=", ".join(IN_PARTS["FSDP2"]),
     )
 
 

@@ -128,6 +128,20 @@ def test_a_file_of_accelerates_own_that_starts_one_process(tmp_path):
         line(str(tmp_path / "mine.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("words", "at"),
+    [
+        (["python", "/venv/bin/accelerate", "launch", "--num_processes", "2"], 3),
+        (["python", "-m", "accelerate.commands.launch", "-m", "x"], 3),
+        (["/venv/bin/python", "/venv/bin/accelerate-launch", "x.py"], 2),
+        (["bash", "/home/me/accelerate/run.sh"], None),
+        (["/envs/accelerate/bin/python", "-m", "scalepeft", "train"], None),
+    ],
+)
+def test_only_accelerates_own_launcher_is_taken_for_it(words, at):
+    assert launch._after_launch(words) == at
+
+
 def test_options_of_a_launch_without_one(command, toy):
     found = command("train", toy(), "--num-processes", "2")
     assert found.returncode == 2

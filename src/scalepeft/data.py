@@ -51,7 +51,7 @@ class Corpus:
     def first_seen(self) -> Any:
         """The training rows as upstream's trainers look at them when they are made: of a stream, its first."""
         assert self.train is not None  # noqa: S101  # what is trained has rows
-        return datasets.Dataset.from_dict(self.train.rows[[0]]) if isinstance(self.train, Streamed) else self.train.rows
+        return datasets.Dataset.from_list([self.train.rows.first()]) if isinstance(self.train, Streamed) else self.train.rows
 
     @property
     def streaming(self) -> bool:

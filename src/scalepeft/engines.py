@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 
+from scalepeft import ranks
 from scalepeft.errors import UserError, one_line
 from scalepeft.launch import on_cpu
 from scalepeft.recipe import Recipe
@@ -32,7 +33,7 @@ def asked() -> str:
     for engine, variable in (("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP")):
         if os.environ.get(variable, "").lower() == "true":
             return engine
-    return "MULTI" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "NO"
+    return "MULTI" if ranks.processes() > 1 else "NO"
 
 
 def make_ready() -> None:
@@ -79,7 +80,7 @@ def before_fsdp(accelerator: Any, model: Any) -> None:
     plugin.transformer_cls_names_to_wrap = sorted({type(u).__name__ for u in units if embedding not in u.modules()})
 
 
-_IN_PARTS = {
+IN_PARTS = {
     "ZeRO-3": (
         "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LOKR", "LORA", "MISS",
         "OFT", "PEANUT", "ROAD", "SHIRA", "UNILORA", "VBLORA", "VERA", "WAVEFT",
@@ -120,8 +121,8 @@ def refuse(recipe: Recipe, args: TrainingArguments) -> None:
     kind = adapter.get("peft_type")
     if kind in ("ADALORA", "ADAMSS"):
         raise recipe.error("adapter.peft_type", f"{kind} reads gradients, which {name} holds in parts; use --launch multi_gpu")
-    if kind is not None and kind not in _IN_PARTS.get(name, (kind,)):
-        told = f"{kind} does not train the same under {name}; what does: {', '.join(sorted(_IN_PARTS[name]))}"
+    if kind is not None and kind not in IN_PARTS.get(name, (kind,)):
+        told = f"{kind} does not train the same under {name}; what does: {', '.join(sorted(IN_PARTS[name]))}"
         raise recipe.error("adapter.peft_type", f"{told}; --launch multi_gpu and zero2 serve the others")
     for option in _NOT_IN_PARTS.get(name, ()):
         if adapter.get(option) is not None:
@@ -143,7 +144,7 @@ def refuse(recipe: Recipe, args: TrainingArguments) -> None:
 def check(recipe: Recipe, engine: str) -> None:
     """Raise UserError when not the engine runs that was asked for. `engine` is accelerate's distributed_type."""
     wanted = asked()
-    if not engine.startswith(wanted):
+    if wanted != "NO" and not engine.startswith(wanted):  # torchrun's launch of one process is a MULTI of one
         raise recipe.error("training", f"{wanted} was asked for and accelerate runs {engine}: see its launch file")
 
 
@@ -200,7 +201,7 @@ def whole(model: torch.nn.Module, names: Collection[str]) -> dict[str, torch.Ten
     The other ranks are given empty tensors in their places. No more than one parameter is whole on a device at a time.
     """
     found: dict[str, torch.Tensor] = {}
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = ranks.rank() == 0
     for name, parameter in model.named_parameters():
         if name not in names:
             continue

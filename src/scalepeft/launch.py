@@ -17,7 +17,6 @@ import yaml
 from scalepeft.console import note, quiet_upstream
 from scalepeft.errors import UserError, did_you_mean, one_line
 
-_DEFAULT = "huggingface/accelerate/default_config.yaml"  # in the cache, where `accelerate config` writes it
 _OF_OTHER_LAUNCHERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables by which torchrun, accelerate or mpirun tell a process how many there are."""
 _ON_CPUS = 2
@@ -177,18 +176,29 @@ def asked() -> Layout | None:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return None
-    named = next((i for i, word in enumerate(words[:4]) if "accelerate" in word), None)
-    if named is None:
+    given_at = _after_launch(words)
+    if given_at is None:
         return None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)
     parser.add_argument("--config_file", "--config-file")
-    given, _ = parser.parse_known_args(words[named + 1 :])
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    default = Path(os.environ.get("HF_HOME", f"{cache}/huggingface"), _DEFAULT.partition("/")[2]).expanduser()
+    given, _ = parser.parse_known_args(words[given_at:])
+    cache = os.environ.get("HF_HOME", os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/huggingface")
+    default = Path(cache, "accelerate/default_config.yaml").expanduser()  # where `accelerate config` writes it
     file = given.config_file or (default if default.is_file() else None)
     found = layout(str(file)) if file else Layout(path=Path(), engine="NO", processes=1, use_cpu=False)
     return Layout(path=found.path, engine=found.engine, processes=given.num_processes or found.processes, use_cpu=found.use_cpu)
+
+
+def _after_launch(words: Sequence[str]) -> int | None:
+    """Where the options of `accelerate launch` begin in a command line; None in that of any other program."""
+    for place, word in enumerate(words[:4]):  # an interpreter and its options may stand before
+        name = Path(word).name
+        if name == "accelerate-launch" or word == "accelerate.commands.launch":
+            return place + 1
+        if name == "accelerate" and words[place + 1 : place + 2] == ["launch"]:
+            return place + 2
+    return None
 
 
 def heed_the_launcher() -> None:

@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 from huggingface_hub import HfApi
 
-from scalepeft.errors import UserError
 from scalepeft.fetch import PREFIX, asset_path
 from scalepeft.labels import Labels
 from scalepeft.prepared import FORMAT, Chosen, Encoder, Integers, Part, refusal, usable
@@ -34,11 +33,14 @@ from scalepeft.sources import (
     jsonl_tables,
     parquet_tables,
 )
-from scalepeft.tables import Opened, Table, Wanted
+from scalepeft.tables import Bad, Opened, Table, Wanted
 
 _IGNORED = -100  # what torch's cross-entropy leaves out
 _EDGE = 2**20
 """Bytes at each end of a file that tell it from another: hashing all of a large one would take minutes."""
+
+_TRIED = 1_000
+"""Rows among which one must be usable."""
 
 Tables = Callable[[int], Iterator[Table]]
 """Reads a source from its beginning, as tables of so many rows."""
@@ -51,13 +53,16 @@ class Streamed:
     rows: Stream
     key: str
     name: str = "train"
-    dropped: Counter[str]
-    """Counted while training, by this process, of its own rows."""
     reused: bool = False
     truncated: int = 0
     documents: int = 0
     written: dict[str, str] = field(default_factory=dict)
     augmented: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """How many rows were left out, by reason: by this process so far, of its own rows."""
+        return Counter(self.rows.unusable.values())
 
     @property
     def lengths(self) -> Integers:
@@ -75,8 +80,10 @@ class Stream:
     def __init__(self, recipe: Recipe, part: Part, tables: Tables, labels: Labels, encoder: Encoder) -> None:
         self.recipe, self.part, self.tables, self.labels, self.encoder = recipe, part, tables, labels, encoder
         self.drop = recipe.data.on_bad_rows == "drop"
-        self.seed = int(recipe.training.get("data_seed") or recipe.training.get("seed", 42))
-        self.dropped = Counter[str]()
+        seeds = [recipe.training.get(name) for name in ("data_seed", "seed")]
+        self.seed = int(next((seed for seed in seeds if seed is not None), 42))  # upstream's default
+        self.unusable: dict[int, str] = {}
+        """By its place, why a row that was asked for cannot be used."""
         self.taken = 0
         """Rows that the whole run takes, once that is known."""
         self.column_names = [*encoder.features]
@@ -96,14 +103,20 @@ class Stream:
         if isinstance(places, int):
             return {name: column[0] for name, column in self[[places]].items()}
         rows = [self._row(place) for place in places]
-        usable_row = next((row for row in rows if row is not None), self._filler)
-        if usable_row is None:
-            raise UserError(f"{self.part.source.path}: none of the first {len(places)} rows can be used ({self._reasons()})")
-        self._filler = usable_row
-        given = [_counts_nowhere(usable_row) if row is None else row for row in rows]
-        return {name: [row[name] for row in given] for name in (*self.column_names, "labels") if name in usable_row}
+        self.unusable |= {place: row.reason for place, row in zip(places, rows, strict=True) if isinstance(row, Bad)}
+        if self._filler is None:
+            self._filler = next((row for row in rows if not isinstance(row, Bad)), None) or self.first()
+        given = [_counts_nowhere(self._filler) if isinstance(row, Bad) else row for row in rows]
+        return {name: [row[name] for row in given] for name in (*self.column_names, "labels") if name in given[0]}
 
-    def _row(self, place: int) -> dict[str, Any] | None:
+    def first(self) -> dict[str, Any]:
+        """The first row that can be used; what lies before it is not counted. Raises UserError when there is none near."""
+        for place in range(_TRIED):
+            if not isinstance(row := self._row(place), Bad):
+                return row
+        raise self.part.wanted.fail("path", f"none of the first {_TRIED:,} rows of {self.part.source.path} can be used")
+
+    def _row(self, place: int) -> dict[str, Any] | Bad:
         if place < self._first:
             self._begin()
         while place >= self._first + self._count:
@@ -117,15 +130,11 @@ class Stream:
         ((_, problem),) = bad
         if not self.drop:
             raise refusal(self.recipe, Counter([problem.reason]), self.part.source.path, [f"{self._place(row)}: {problem}"])
-        self.dropped[problem.reason] += 1
-        return None
+        return problem
 
     def _place(self, row: int) -> str:
         lines = self._table.lines
         return f"{self.part.source.path}{f':{lines[row]}' if lines else ''}: row {self._of_source + row + 1}"
-
-    def _reasons(self) -> str:
-        return "; ".join(f"{reason}: {count:,}" for reason, count in self.dropped.items())
 
     def _begin(self) -> None:
         self._windows = self._read()
@@ -170,7 +179,7 @@ def streamed(recipe: Recipe, part: Part, tables: Tables, labels: Labels, encoder
         stream.drop,
     ]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-    return Streamed(rows=stream, key=key, dropped=stream.dropped)
+    return Streamed(rows=stream, key=key)
 
 
 def open_stream(source: Source, wanted: Wanted) -> tuple[Opened, Tables]:

@@ -156,7 +156,8 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     for name in arguments.report_to:
         if name not in available:
             raise recipe.error("training.report_to", f"{name!r} is not installed; there are {', '.join(available) or 'none'}")
-    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001  # no public word for it
+    mkldnn = torch.ops.mkldnn  # torch has no public word for what follows
+    fast = hasattr(mkldnn, "_is_mkldnn_bf16_supported") and mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
     if recipe.precision == "bf16" and arguments.device.type == "cpu" and not fast:
         # the quickstart, 12 steps of 8 rows on an AVX2 processor: 3.4 rows/s, and 34 in fp32
         note("training.bf16: this CPU computes bf16 in software, ten times slower than fp32; training.bf16=false leaves it out")
@@ -212,7 +213,7 @@ def _examples(arguments: TrainingArguments, corpus: Corpus, task: Task) -> Itera
 def _accumulation(recipe: Recipe, rows: int) -> int:
     """The accumulation that makes an optimizer step of so many rows over all processes."""
     batch: int = recipe.training.get("per_device_train_batch_size", 8)  # upstream's default
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = ranks.processes()
     if rows % (batch * processes):
         told = f"{rows} is not a multiple of {batch * processes} ({batch} rows x {processes} processes)"
         raise recipe.error("global_batch_size", told)
