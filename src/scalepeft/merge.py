@@ -159,7 +159,11 @@ def _writing(output: Path, part: Path) -> Iterator[None]:
     """The folder beside is ours alone; what fails for good leaves nothing, what was interrupted is left to go on with."""
     from filelock import FileLock, Timeout
 
-    if part.exists() and not (part / PLAN).is_file() and any(p.name not in (".lock", "model") for p in part.iterdir()):
+    # the plan is written last of what a merge begins with
+    foreign = (
+        [p.name for p in part.iterdir() if p.name not in (".lock", "model") and ".part" not in p.name] if part.exists() else []
+    )
+    if foreign and not (part / PLAN).is_file():
         raise UserError(f"{part}: is in the way and not of a merge; move it, or give another --output")
     try:
         part.mkdir(exist_ok=True)

@@ -265,6 +265,7 @@ def measure(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     expected = list(_answers(model, inputs))
     found: dict[str, Any] = {"rows": len(expected), "data": plan.get("data"), "adapter_on_base": {}}
     if rows:
+        found["loss_rows"] = len(rows.prepared.rows)
         found["adapter_on_base"] = {"loss": rows.loss(model)}
     choices = {"dequantized": True, "original": False}
     if not order.quantization:
@@ -293,7 +294,8 @@ class _Rows:
         from scalepeft import recipe as recipes
         from scalepeft.run import Run
 
-        self.recipe = Run(Path(plan["run"])).recipe() if plan.get("run") else recipes.load(folder / RECIPE)
+        self.run = Run(Path(plan.get("run") or folder))
+        self.recipe = self.run.recipe() if plan.get("run") else recipes.load(folder / RECIPE)
         self.labels = plan["labels"]
         tokenizer = AutoTokenizer.from_pretrained(plan["order"]["tokenizer"])
         if tokenizer.pad_token is None:
@@ -301,6 +303,8 @@ class _Rows:
         self.task = kinds.task(self.recipe, tokenizer, self.labels)
         limit = model.longest_input(self.recipe, tokenizer)
         self.prepared = data.prepare_file(self.recipe, tokenizer, plan["data"], limit=limit, label_names=self.labels)
+        self.before: list[Any] = []
+        """Of preferences: the reference's log-probabilities, batch by batch."""
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """The first rows, as inputs of the model."""
@@ -309,24 +313,36 @@ class _Rows:
         rows = Rows(self.prepared.rows)
         return self.task.probe(rows.__getitems__(list(range(min(32, len(rows))))))
 
-    def loss(self, model: Any) -> float | None:
-        """The task's loss; None for preferences, which are measured against a second model."""
+    def loss(self, model: Any) -> float:
+        """The task's loss. The first model asked for is the trained one: preferences are measured from its own reference."""
         import numpy as np
         import torch
 
+        from scalepeft.language import CausalLM, Preference
+
+        task, measured = self.task, []
+        if isinstance(task, Preference) and not self.before:
+            task.ready(model, self.run)
+            with torch.no_grad():
+                self.before = [task.reference_log_probs(batch) for batch in self._batches()]
+        elif isinstance(task, CausalLM):
+            CausalLM.ready(task, model, self.run)
+        with torch.no_grad():
+            for number, batch in enumerate(self._batches()):
+                if isinstance(task, Preference):
+                    found = task.rewarded(model, batch, self.before[number])
+                else:
+                    found = task.measure(model, batch)
+                measured.append(found.float().numpy())
+        references = np.empty(0) if self.recipe.generative else self.prepared.labels
+        return task.metrics(np.concatenate(measured), references)["loss"]
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         from scalepeft.trainer import Rows
 
-        if self.recipe.task == "preference":
-            return None
         rows = Rows(self.prepared.rows)
-        self.task.ready(model, None)  # type: ignore[arg-type]  # of preferences alone
-        measured = []
         for start in range(0, len(rows), 8):
-            batch = self.task.collate(rows.__getitems__(list(range(start, min(start + 8, len(rows))))))
-            with torch.no_grad():
-                measured.append(self.task.measure(model, batch).float().numpy())
-        references = np.empty(0) if self.recipe.generative else self.prepared.labels
-        return self.task.metrics(np.concatenate(measured), references)["loss"]
+            yield self.task.collate(rows.__getitems__(list(range(start, min(start + 8, len(rows))))))
 
 
 if __name__ == "__main__":
