@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scalepeft import beside
 from scalepeft.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def write(source: Source, folder: Path, options: argparse.Namespace) -> dict[str
 
     del options
     model, tokenizer = source.folders
-    copy_weights(model, folder)
+    _copy_weights(model, folder)
     for file in model.iterdir():
         if file.suffix in _TOKENIZER and not file.name.startswith("adapter_") and file.name not in _WRITTEN_BY_US:
             shutil.copyfile(file, folder / file.name)
@@ -54,13 +55,14 @@ def write(source: Source, folder: Path, options: argparse.Namespace) -> dict[str
     return {"kind": kind, "dtypes": [config["dtype"]], **reading(tokenizer)}
 
 
-def copy_weights(model: Path, folder: Path) -> None:
-    """The safetensors and their index: linked where the file system can, as nothing writes into a file of weights."""
-    for file in (p for p in model.iterdir() if p.name.endswith((".safetensors", ".safetensors.index.json"))):
-        try:
-            os.link(file, folder / file.name)
-        except OSError:
-            shutil.copyfile(file, folder / file.name)
+def _copy_weights(model: Path, folder: Path) -> None:
+    """The safetensors and their index; linked where they were merged a moment ago: a user's own may be written over."""
+    files = [p for p in model.iterdir() if p.name.endswith((".safetensors", ".safetensors.index.json"))]
+    ours = model.parent == folder.parent
+    if not ours:
+        beside.check_space(folder, sum(file.stat().st_size for file in files))
+    for file in files:
+        (os.link if ours else shutil.copyfile)(file, folder / file.name)
 
 
 def for_transformers_4(config: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,8 @@ def pre(tokenizer: Path, given: str | None) -> str:
     steps = steps.get("pretokenizers", [steps])
     if model["type"] != "BPE" or not any(step.get("type") == "ByteLevel" for step in steps):
         raise UserError(f"{tokenizer}: its tokenizer is no byte-level BPE, the only kind that is written as GGUF")
+    if described.get("normalizer") and described["normalizer"]["type"] != "NFC":  # which llama.cpp leaves to whoever writes
+        raise UserError(f"{tokenizer}: its tokenizer changes the text ({described['normalizer']['type']}), llama.cpp does not")
     rule = [{key: step[key] for key in step if key not in ("add_prefix_space", "trim_offsets")} for step in steps]
     prefixed = any(step.get("add_prefix_space") for step in steps)
     found = next((n for n, (known, whole) in PRE.items() if known == rule and whole == bool(model.get("ignore_merges"))), None)
