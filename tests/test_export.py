@@ -21,6 +21,7 @@ from scalepeft.errors import program
 quiet_upstream()
 
 import transformers  # noqa: E402  # after it was silenced
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
 
 pytestmark = [
@@ -93,7 +94,7 @@ def test_a_run_is_exported_and_proved_in_a_process_without_peft(form, complete, 
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_for_servers_is_read_by_transformers_of_either_age(talker, tmp_path, capsys):
+def test_a_folder_for_servers_is_read_by_transformers_of_either_age(talker, tiny_lm, tmp_path, capsys):
     run_export(talker.path, "vllm", tmp_path / "out")
     assert f"vllm serve {tmp_path / 'out'}" in capsys.readouterr().out
     config = json.loads((tmp_path / "out/config.json").read_bytes())
@@ -108,12 +109,9 @@ def test_a_folder_for_servers_is_read_by_transformers_of_either_age(talker, tmp_
     assert not list((tmp_path / "out").glob("adapter*"))
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loading.values())
-    reference = load_file(talker.path / "verification.safetensors")
-    expected = reference.pop("logits")
-    found = model.eval()(**reference).logits
-    torch.testing.assert_close(
-        found[:, : expected.shape[1]].reshape(-1)[:100], expected.reshape(-1)[:100], rtol=1e-3, atol=1e-3
-    )
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_lm), talker.path / "adapter")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("which word is first: river", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(model.eval()(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_classifier_keeps_its_labels(complete, tmp_path):
@@ -174,7 +172,7 @@ def test_a_gguf_file_says_what_the_model_is(talker, tmp_path):
     assert {name: fields[name] for name in told} == told
     assert fields["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     special = [i for i, kind in enumerate(fields["tokenizer.ggml.token_type"]) if kind == gguf.TokenType.CONTROL]
-    assert special == sorted(tokenizer.all_special_ids)
+    assert special == sorted(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def tiny(kind: str, base: Path, folder: Path, **changes: Any) -> Path:
@@ -203,7 +201,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama 3": ("llama", {"rope_parameters": LLAMA3}),
     "heads of their own size": ("llama", {"head_dim": 32}),
-    "mistral": ("mistral", {"sliding_window": 64}),
+    "mistral": ("mistral", {"sliding_window": 128}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 128}),
 }
@@ -348,12 +346,6 @@ def weight_of_gguf(folder: Path) -> None:
     tensor.data[:] = tensor.data * 1.1
 
 
-def token_of_gguf(folder: Path) -> None:
-    file = next(folder.glob("*.gguf"))
-    content = file.read_bytes()
-    file.write_bytes(content.replace(b"gpt-2", b"qwen2", 1))
-
-
 def template_of_vllm(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
 
@@ -377,7 +369,6 @@ SPOILT = [
     ("vllm-lora", rank_of_lora, OTHERWISE),
     ("onnx", weight_of_onnx, OTHERWISE),
     ("gguf", weight_of_gguf, OTHERWISE),
-    ("gguf", token_of_gguf, "its tokenizer reads otherwise than the model's"),
 ]
 
 
@@ -394,9 +385,16 @@ def test_what_answers_otherwise_is_not_kept(form, spoil, told, talker, complete,
     monkeypatch.setattr(module, "write", spoilt)
     run_export((complete if form == "onnx" else talker).path, form, tmp_path / "out", status=1)
     error = capsys.readouterr().err
-    assert told in error
-    assert error.count("\n") == 1
+    assert told in error.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_rule_is_seen(tmp_path, capsys, monkeypatch):
+    source = tiny("llama", tokenizer_of("gpt-2", tmp_path / "tokenizer"), tmp_path / "model")
+    monkeypatch.setattr(gguf_tokenizer, "pre", lambda *_: "qwen2")
+    run_export(source, "gguf", tmp_path / "out", status=1)
+    assert "its tokenizer reads otherwise than the model's: \"I'll say" in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "tokenizer"}
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -438,8 +436,6 @@ def tiny_gpt2(tiny_lm, tmp_path_factory) -> Path:
 
 
 def adapter(base: Path, folder: Path, kind: str, **options: Any) -> Path:
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
-
     given = PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type="CAUSAL_LM", **options)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), given).save_pretrained(folder)
     return folder

@@ -44,7 +44,7 @@ inspect(folder, plan)             there, too: what else must hold of the files; 
 same_tensors(folder, plan)        there, in place of the answers, where the model does not fit into memory
 closing(output, record)           what is said at the end: how it is used
 """
-NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
+NEEDED = {"onnx": ("onnx", "onnxruntime")}
 """The packages that a format takes from the extra `export`."""
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 

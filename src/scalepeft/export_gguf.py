@@ -66,7 +66,7 @@ def write(source: Source, folder: Path, options: argparse.Namespace) -> dict[str
 
     model, tokenizer = source.folders
     config, checkpoint = source.config, Checkpoint(model)
-    kept = str(config.dtype).removeprefix("torch.")
+    kept = checkpoint.widest()
     outtype = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[kept]
     outtype = outtype if options.outtype in (None, "auto") else options.outtype
     file = folder / f"model-{outtype}.gguf"

@@ -39,6 +39,8 @@ def write(source: Source, folder: Path, options: argparse.Namespace) -> dict[str
     """The weights as they are, and configuration and tokenizer so that transformers 4 understands them, too."""
     import transformers
 
+    from scalepeft.shards import Checkpoint
+
     del options
     model, tokenizer = source.folders
     _copy_weights(model, folder)
@@ -49,7 +51,8 @@ def write(source: Source, folder: Path, options: argparse.Namespace) -> dict[str
     if kind.startswith("Auto"):
         kind = source.config.architectures[0]
     assert hasattr(transformers, kind)  # noqa: S101  # from a configuration that made the model
-    config = json.loads((folder / "config.json").read_bytes()) | {"architectures": [kind]}
+    given = json.loads((folder / "config.json").read_bytes())
+    config = given | {"architectures": [kind], "dtype": Checkpoint(model).widest()}
     (folder / "config.json").write_text(json.dumps(for_transformers_4(config), indent=2) + "\n", encoding="utf-8")
     make_tokenizer_plain(folder)
     return {"kind": kind, "dtypes": [config["dtype"]], **reading(tokenizer)}
@@ -113,15 +116,15 @@ def inspect(folder: Path, plan: Mapping[str, Any]) -> None:
     from scalepeft.shards import Checkpoint
 
     config = json.loads((folder / "config.json").read_bytes())
-    names = set(Checkpoint(folder).names)
-    tied, head = bool(config.get("tie_word_embeddings", True)), any(n.endswith("lm_head.weight") for n in names)
+    checkpoint = Checkpoint(folder)
+    tied, head = bool(config.get("tie_word_embeddings", True)), any(n.endswith("lm_head.weight") for n in checkpoint.names)
     wrong = {
         f"its configuration names {config.get('architectures')}": config.get("architectures") != [plan["kind"]],
         "its configuration is of quantised weights": "quantization_config" in config,
         "there is an adapter in it": bool(list(folder.glob("adapter_*"))),
         "it holds pickles": any(p.suffix in (".bin", ".pt", ".pth") for p in folder.iterdir()),
         "it has no head of its own": plan["kind"].endswith("ForCausalLM") and not tied and not head,
-        "its weights are of another dtype than it says": str(_widest(folder)).removeprefix("torch.") != config["dtype"],
+        "its weights are of another dtype than it says": checkpoint.widest() != config["dtype"],
     }
     if found := [what for what, is_so in wrong.items() if is_so]:
         raise RunFailed(f"{folder}: {'; '.join(found)}")
@@ -133,14 +136,6 @@ def inspect_tokenizer(folder: Path, plan: Mapping[str, Any]) -> None:
     found = reading(folder)
     if changed := [key for key in ("tokens", "chat") if found[key] != plan[key]]:
         raise RunFailed(f"{folder}: its tokenizer reads otherwise than the model's: {', '.join(changed)}")
-
-
-def _widest(folder: Path) -> torch.dtype:
-    from scalepeft.shards import Checkpoint
-
-    checkpoint = Checkpoint(folder)
-    kinds = {t.dtype for t in map(checkpoint.get, checkpoint.names) if t.is_floating_point()}
-    return max(kinds, key=lambda kind: (kind.itemsize, str(kind)))
 
 
 def answers(folder: Path, plan: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -20,7 +20,7 @@ PLAN = "merge.part.json"
 INPUTS = "rows.part.safetensors"
 RECIPE = "recipe.part.yaml"
 
-BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "q8_0": 1e-1}
 """Largest difference of logits by the dtype of the merged weights, relative to the largest logit (at least 1). Both models
 compute in float32, so that it is what the rounding of the merged weights does, and in float32 another order of sums."""
 
