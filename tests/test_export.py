@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import shutil
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -548,19 +549,40 @@ def test_a_real_chat_model_becomes_a_gguf_file(smollm2, command, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rule", gguf_tokenizer.PRE)
-def test_llama_cpp_splits_text_and_answers_as_the_model(rule, tmp_path):
-    native = pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp itself: pip install llama-cpp-py-sync")
-    source = tiny("qwen2" if rule == "qwen2" else "llama", tokenizer_of(rule, tmp_path / "tokenizer"), tmp_path / "model")
-    run_export(source, "gguf", tmp_path / "out")
+def test_llama_cpp_itself_splits_text_and_answers_as_the_model(tiny_lm, tmp_path):
+    native = pytest.importorskip("xllamacpp", reason="llama.cpp itself is not there: pip install xllamacpp")
+    sources = {"llama 3's RoPE": tiny("llama", tiny_lm, tmp_path / "rope", rope_parameters=LLAMA3)}
+    sources |= {kind: tiny(kind, tiny_lm, tmp_path / kind, **DECODERS[kind][1]) for kind in ("mistral", "qwen2", "qwen3")}
+    for rule in gguf_tokenizer.PRE:
+        sources[rule] = tiny("llama", tokenizer_of(rule, tmp_path / "tokenizer" / rule), tmp_path / rule)
+    for name, source in sources.items():
+        output = tmp_path / f"gguf-{name}"
+        run_export(source, "gguf", output)
+        compared_with_llama_cpp(native, output / "model-f32.gguf", source)
+
+
+def compared_with_llama_cpp(native: Any, file: Path, source: Path) -> None:
+    """Its server's tokens of some texts, and its probabilities of the token after each, beside those of transformers."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
-    with native.Llama(str(tmp_path / "out/model-f32.gguf"), n_ctx=128) as theirs:
-        for text in (*gguf_tokenizer.TEXTS, *proof.SENTENCES, "<|im_start|>user\nHello 12<|im_end|>\n"):
-            ids = tokenizer(text)["input_ids"]
-            assert theirs.tokenize(text, parse_special=True) == ids, text
-            theirs._clear_context_state()
-            theirs._eval_tokens(ids[:100], 0)
-            found = theirs._lib.llama_get_logits_ith(theirs._ctx, -1)
-            with torch.no_grad():
-                expected = model(torch.tensor([ids[:100]])).logits[0, -1]
-            torch.testing.assert_close(torch.tensor([found[i] for i in range(len(expected))]), expected, rtol=0.02, atol=0.02)
+    asked = native.CommonParams()
+    asked.model.path, asked.n_ctx, asked.n_gpu_layers, asked.port, asked.warmup = str(file), 256, 0, 0, False
+    asked.cpuparams.n_threads = 1
+    server = native.Server(asked)
+
+    def post(path: str, **body: Any) -> Any:
+        request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode())  # noqa: S310  # loopback
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+            return json.loads(answer.read())
+
+    for text in (*gguf_tokenizer.TEXTS, *proof.SENTENCES, "<|im_start|>user\nHello 12<|im_end|>\n"):
+        ids = tokenizer(text)["input_ids"]
+        assert post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"] == ids, text
+        # the token after is a letter whatever the model says: of half a character the server tells no probabilities
+        letter = [[tokenizer.convert_tokens_to_ids("a"), 1000.0]]
+        answer = post("/completion", prompt=ids[:100], n_predict=1, n_probs=20, cache_prompt=False, logit_bias=letter)
+        with torch.no_grad():
+            expected = model(torch.tensor([ids[:100]])).logits[0, -1].log_softmax(dim=-1)
+        found = {given["id"]: given["logprob"] for given in answer["completion_probabilities"][0]["top_logprobs"]}
+        assert len(found) == 20
+        for token, probability in found.items():  # its cache of keys and values is of 16 bits
+            assert probability == pytest.approx(expected[token].item(), abs=0.05)

@@ -82,6 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.format != "gguf" and (given := [f"--{n}" for n in ("outtype", "pre") if getattr(options, n) is not None]):
         raise UserError(f"command line: {given[0]} goes with --format gguf")
     quiet_upstream()
+    _no_bars()
     export(options.source, options.output, options)
     return 0
 
@@ -147,6 +148,13 @@ def export(path: Path, output: Path, options: argparse.Namespace) -> dict[str, A
         shutil.rmtree(part)
     say(_closing(output, record, form.closing(output, record)))
     return record
+
+
+def _no_bars() -> None:
+    """Without transformers' bars of loading, which nothing but a call turns off."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _check_packages(form: str) -> None:

@@ -114,7 +114,8 @@ def _add_metadata(writer: Any, source: Source, rows: int, outtype: str) -> None:
 
     config = source.config
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(source.path.absolute().name)
+    name = source.path.absolute().name
+    writer.add_name("Mistral" if name == "mistral" else name)  # transformers 5.23 takes that name for an architecture
     writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(outtype, f"MOSTLY_{outtype.upper()}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(rows)

@@ -83,7 +83,7 @@ def write(source: Source, folder: Path, options: argparse.Namespace) -> dict[str
             f=str(graph / MODEL),
             input_names=list(inputs),
             output_names=["logits"],
-            dynamic_axes={**dict.fromkeys(inputs, {0: "batch_size", 1: "sequence_length"}), "logits": {0: "batch_size"}},
+            dynamic_axes={name: {0: "batch_size", 1: "sequence_length"} for name in inputs} | {"logits": {0: "batch_size"}},
             opset_version=OPSET,
             dynamo=False,
         )
