@@ -58,6 +58,7 @@ LAYERS = (
         "orders",
         "proof",
         "merge",
+        "export_source",
         "export_vllm",
         "export_lora",
         "export_onnx",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from scalepeft.export import Source
+    from scalepeft.export_source import Source
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """llama.cpp's architecture for a type of model."""
@@ -106,7 +106,8 @@ def _plain_dtype() -> Any:
 
 def _context(config: Any) -> int:
     """The longest text: within the window of a model that has one, llama.cpp computes the same."""
-    return min(config.max_position_embeddings, getattr(config, "sliding_window", None) or config.max_position_embeddings)
+    longest = int(config.max_position_embeddings)
+    return min(longest, getattr(config, "sliding_window", None) or longest)
 
 
 def _add_metadata(writer: Any, source: Source, rows: int, outtype: str) -> None:

@@ -16,7 +16,7 @@ from scalepeft.errors import RunFailed, UserError
 if TYPE_CHECKING:
     import torch
 
-    from scalepeft.export import Source
+    from scalepeft.export_source import Source
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -20,7 +20,7 @@ from scalepeft.errors import RunFailed, UserError
 if TYPE_CHECKING:
     import torch
 
-    from scalepeft.export import Source
+    from scalepeft.export_source import Source
 
 MODEL, DATA = "model.onnx", "model.onnx_data"
 """The names by which optimum looks for the graph, and for weights that lie beside it."""
@@ -135,7 +135,7 @@ def answers(folder: Path, plan: Mapping[str, Any], inputs: Mapping[str, torch.Te
         stop = start + next(sizes)
         length = int(inputs["attention_mask"][start:stop].any(dim=0).nonzero().max()) + 1
         batch = {name: inputs[name][start:stop, :length].numpy() for name in plan["inputs"] if name in inputs}
-        yield from torch.from_numpy(session.run(["logits"], batch)[0]).split(1)
+        yield from (row[None] for row in torch.from_numpy(session.run(["logits"], batch)[0]))
         start = stop
 
 

@@ -16,7 +16,7 @@ from scalepeft.errors import RunFailed, UserError
 if TYPE_CHECKING:
     import torch
 
-    from scalepeft.export import Source
+    from scalepeft.export_source import Source
 
 KINDS = ("ForCausalLM", "ForSequenceClassification")
 """How the names of the classes end that such servers serve."""
