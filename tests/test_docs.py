@@ -75,8 +75,6 @@ LONG = {
     "scalepeft merge runs/quickstart --output merged": "",
     "scalepeft merge runs/quickstart --output merged-bf16 --dtype bfloat16 --verify reviews.csv": "",
     "scalepeft export runs/quickstart --format onnx --output exported-onnx": "",
-    "scalepeft export runs/quickstart_sft --format vllm --output exported-vllm": "",
-    "scalepeft export runs/quickstart_sft --format vllm-lora --output exported-lora": "",
     "scalepeft export runs/quickstart_sft --format gguf --outtype q8_0 --output exported-gguf": "",
 }
 """Commands that train or load a model, with what makes them tiny. Those of GPUs run as processes on the CPU."""

@@ -80,7 +80,7 @@ def whole(base: Path, folder: Path) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("form", export.FORMATS)
+@pytest.mark.parametrize("form", ["vllm", "vllm-lora", "onnx"])
 def test_a_run_is_exported_and_proved_in_a_process_without_peft(form, complete, talker, command, tmp_path):
     run = complete if form == "onnx" else talker
     done = command("export", run.path, "--format", form, "--output", tmp_path / "out")
@@ -263,16 +263,17 @@ def test_the_rule_of_a_tokenizer_is_recognised_and_read_back(rule, tmp_path):
     assert run_export(source, "gguf", tmp_path / "out")["pre"] == rule
 
 
-def test_another_rule_has_to_be_named(tiny_lm, tmp_path, capsys):
+def test_another_rule_has_to_be_named(tmp_path, capsys):
     from tokenizers import pre_tokenizers
 
-    source = tiny("llama", tiny_lm, tmp_path / "model")
+    source = tiny("llama", tokenizer_of("gpt-2", tmp_path / "tokenizer"), tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(source)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), words])
     tokenizer.save_pretrained(source)
     assert "by a rule that llama.cpp is not known to have" in refused(capsys, tmp_path, source, "gguf", tmp_path / "out")
     assert run_export(source, "gguf", tmp_path / "out", "--pre", "mine")["pre"] == "mine"
+    assert "text split as mine, by --pre and not proved" in capsys.readouterr().out
 
 
 ENCODERS = {kind: {} for kind in export_onnx.ENCODERS} | {

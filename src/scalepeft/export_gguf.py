@@ -25,6 +25,8 @@ _ROPES = ("default", "llama3")
 
 def check(source: Source, options: argparse.Namespace) -> None:
     """A model whose computation llama.cpp has, and a tokenizer whose rule it knows."""
+    from transformers import AutoTokenizer
+
     config = source.config
     if not source.kind.endswith("ForCausalLM") or config.model_type not in ARCHITECTURES:
         what = f"{source.kind} of type {config.model_type}"
@@ -44,7 +46,7 @@ def check(source: Source, options: argparse.Namespace) -> None:
     }
     if problems := [what for what, is_so in wrong.items() if is_so]:
         raise UserError(*(f"{source.path}: cannot be written as GGUF: it has {what}" for what in problems))
-    gguf_tokenizer.pre(source.tokenizer, options.pre)
+    gguf_tokenizer.pre(AutoTokenizer.from_pretrained(source.tokenizer), options.pre)
 
 
 def _rope(config: Any) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def write(source: Source, folder: Path, options: argparse.Namespace) -> dict[str
         "dtypes": [kept, {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(outtype, outtype)],
         "tokenizer": str(tokenizer),
         "chat": told["chat"],
-        "told": {"outtype": outtype, "pre": name, "context_length": _context(config)},
+        "told": {"outtype": outtype, "pre": name, "recognised": name in gguf_tokenizer.PRE, "context_length": _context(config)},
     }
 
 
@@ -200,9 +202,12 @@ def inspect(folder: Path, plan: Mapping[str, Any]) -> None:
 
     own = AutoTokenizer.from_pretrained(plan["tokenizer"])
     read = AutoTokenizer.from_pretrained(folder, gguf_file=plan["file"])
-    if plan["told"]["pre"] == "smollm":  # transformers 5.23 passes over this one, by which digits stand alone
+    rule = plan["told"]["pre"]
+    if rule == "smollm":  # transformers 5.23 passes over this one, by which digits stand alone
         digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
         read.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    elif rule not in gguf_tokenizer.PRE:  # taken on the user's word; all else of the tokenizer is compared
+        read.backend_tokenizer.pre_tokenizer = own.backend_tokenizer.pre_tokenizer
     for text in (*gguf_tokenizer.TEXTS, *filter(None, [plan["chat"]])):
         ids = [reader(text, add_special_tokens=False)["input_ids"] for reader in (own, read)]
         if ids[0] != ids[1]:
@@ -284,7 +289,8 @@ _SMALLEST = 2.0**-14
 def closing(output: Path, record: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     """The line that runs it."""
     file = next(name for name in record["files"] if name.endswith(".gguf"))
+    rule = record["pre"] if record["recognised"] else f"{record['pre']}, by --pre and not proved"
     return [
-        ("as", f"{record['outtype']}, text split as {record['pre']}, context {record['context_length']:,}"),
+        ("as", f"{record['outtype']}, context {record['context_length']:,}, text split as {rule}"),
         ("serve", f"llama-server --model {output / file}"),
     ]

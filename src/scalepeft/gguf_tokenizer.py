@@ -44,9 +44,9 @@ TEXTS = (
 """Texts that tokenizers split in different ways."""
 
 
-def pre(tokenizer: Path, given: str | None) -> str:
+def pre(reader: Any, given: str | None) -> str:
     """llama.cpp's name for how a tokenizer splits text. Raises UserError when it has none, and none was given."""
-    described = _described(tokenizer)
+    described, tokenizer = json.loads(reader.backend_tokenizer.to_str()), reader.name_or_path
     model = described["model"]
     steps = described.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
@@ -65,23 +65,16 @@ def pre(tokenizer: Path, given: str | None) -> str:
     return given or str(found)
 
 
-def _described(tokenizer: Path) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
-    found: dict[str, Any] = json.loads(AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer.to_str())
-    return found
-
-
 def add(writer: Any, tokenizer: Path, rows: int, given: str | None, generation: Mapping[str, Any]) -> str:
     """Tokens, merges, special tokens and chat template; returns the name of the splitting rule."""
     import gguf
     from transformers import AutoTokenizer
 
-    reader, described = AutoTokenizer.from_pretrained(tokenizer), _described(tokenizer)
+    reader = AutoTokenizer.from_pretrained(tokenizer)
     by_id = {i: token for token, i in reader.get_vocab().items()}
     added = reader.added_tokens_decoder
-    if len(by_id) > rows:
-        raise UserError(f"{tokenizer}: its tokenizer has {len(by_id)} tokens, and the model {rows} rows for them")
+    if max(by_id) >= rows:
+        raise UserError(f"{tokenizer}: its tokenizer has {max(by_id) + 1} tokens, and the model {rows} rows for them")
     kinds = gguf.TokenType
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(rows)]
     types = [
@@ -94,12 +87,12 @@ def add(writer: Any, tokenizer: Path, rows: int, given: str | None, generation: 
         else kinds.USER_DEFINED
         for i in range(rows)
     ]
-    name = pre(tokenizer, given)
+    name = pre(reader, given)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    merges = described["model"]["merges"]
+    merges = json.loads(reader.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     ends = _listed(generation.get("eos_token_id"))
     special = {
@@ -112,10 +105,11 @@ def add(writer: Any, tokenizer: Path, rows: int, given: str | None, generation: 
     for what, i in special.items():
         if i is not None:
             getattr(writer, f"add_{what}_token_id")(i)
-    bare, ids = reader("a", add_special_tokens=False)["input_ids"], reader("a")["input_ids"]
-    before, _, after = _around(ids, bare)
-    writer.add_add_bos_token(before == [reader.bos_token_id])
-    writer.add_add_eos_token(after == [reader.eos_token_id])
+    before, after = _around(reader)
+    if before not in ([], [reader.bos_token_id]) or after not in ([], [reader.eos_token_id]):
+        raise UserError(f"{tokenizer}: its tokenizer puts other tokens around a text than llama.cpp does, bos and eos")
+    writer.add_add_bos_token(bool(before))
+    writer.add_add_eos_token(bool(after))
     if reader.chat_template:
         writer.add_chat_template(reader.chat_template)
     return name
@@ -125,7 +119,8 @@ def _listed(value: Any) -> list[int]:
     return list(value) if isinstance(value, list) else [] if value is None else [value]
 
 
-def _around(ids: list[int], bare: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """What stands before and after some tokens."""
+def _around(reader: Any) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before and after every text."""
+    bare, ids = reader("a", add_special_tokens=False)["input_ids"], reader("a")["input_ids"]
     start = next(n for n in range(len(ids) + 1) if ids[n : n + len(bare)] == bare)
-    return ids[:start], bare, ids[start + len(bare) :]
+    return ids[:start], ids[start + len(bare) :]
