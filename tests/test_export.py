@@ -276,7 +276,8 @@ def test_another_rule_has_to_be_named(tmp_path, capsys):
     assert "text split as mine, by --pre and not proved" in capsys.readouterr().out
 
 
-ENCODERS = {kind: {} for kind in export_onnx.ENCODERS} | {
+ENCODERS: dict[str, dict[str, Any]] = {kind: {} for kind in export_onnx.ENCODERS} | {
+    "bert for regression": {"num_labels": 1, "problem_type": "regression"},
     "deberta-v2": {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"]},
 }
 
@@ -290,18 +291,26 @@ def test_each_type_of_encoder_is_exported(kind, tiny_model, tmp_path):
     if kind == "distilbert":
         sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "num_labels": 3}
     config = transformers.AutoConfig.for_model(
-        kind, vocab_size=len(tokenizer), initializer_range=0.2, pad_token_id=0, **sizes | ENCODERS[kind]
+        kind.split()[0], vocab_size=len(tokenizer), initializer_range=0.2, pad_token_id=0, **sizes | ENCODERS[kind]
     )
     torch.manual_seed(0)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
     run_export(tmp_path / "model", "onnx", tmp_path / "out")
 
 
-def test_where_the_model_does_not_fit_its_tensors_are_compared(talker, here, tmp_path):
+def test_a_run_that_was_trained_whole_is_exported(toy, train, tmp_path):
+    run = train(toy(adapter=None, training={"num_train_epochs": 1}))
+    found = run_export(run.path, "onnx", tmp_path / "out")["proof"]
+    assert found["rows"] == 30
+    assert found["max_difference"] < 1e-4
+
+
+def test_where_the_model_does_not_fit_its_tensors_are_compared(talker, complete, here, tmp_path, capsys):
     here(memory=0)
     for form in ("vllm", "vllm-lora"):
         found = run_export(talker.path, form, tmp_path / form)["proof"]
         assert (found["method"], found["max_difference"]) == ("tensors", 0)
+    assert "does not fit into the memory" in refused(capsys, tmp_path, complete.path, "onnx", tmp_path / "onnx")
 
 
 def test_a_model_that_push_has_merged_is_taken(talker, tmp_path, capsys):

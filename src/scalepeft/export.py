@@ -37,7 +37,8 @@ FORMATS = {
 """The module of each format. All have the same functions:
 
 check(source, options)            refuses what the format has no place for, before anything is written
-write(source, folder, options)    writes the files; returns what is recorded, `dtype` among it where weights are rounded
+write(source, folder, options)    writes the files; returns what the proof must know: `dtypes`, all that the weights went
+                                  through, and what else the three below read; `told` of it stands in export.json
 answers(folder, plan, inputs)     in the proof's process: the logits of each row, by the written files alone
 inspect(folder, plan)             there, too: what else must hold of the files; raises RunFailed
 same_tensors(folder, plan)        there, in place of the answers, where the model does not fit into memory

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scalepeft import beside, gguf_tokenizer
+from scalepeft import beside, export_vllm, gguf_tokenizer
 from scalepeft.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -63,14 +63,15 @@ def _head(config: Any) -> int:
 def write(source: Source, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The file, tensor by tensor."""
     import gguf
+    import numpy as np
 
     from scalepeft.shards import Checkpoint
 
     model, tokenizer = source.folders
     config, checkpoint = source.config, Checkpoint(model)
     kept = checkpoint.widest()
-    outtype = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[kept]
-    outtype = outtype if options.outtype in (None, "auto") else options.outtype
+    own = {"float16": "f16", "bfloat16": "bf16"}.get(kept, "f32")
+    outtype = own if options.outtype in (None, "auto") else options.outtype
     file = folder / f"model-{outtype}.gguf"
     writer = gguf.GGUFWriter(file, ARCHITECTURES[config.model_type])
     generation = model / "generation_config.json"
@@ -81,29 +82,20 @@ def write(source: Source, folder: Path, options: argparse.Namespace) -> dict[str
     tensors = _planned(config, checkpoint, outtype)
     beside.check_space(folder, sum(size for _, _, size, _ in tensors.values()))
     for target, (shape, kind, size, _) in tensors.items():
-        writer.add_tensor_info(target, shape, _plain_dtype(), size, raw_dtype=kind)
+        writer.add_tensor_info(target, shape, np.dtype(np.float32), size, raw_dtype=kind)  # the shape is one of values
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for _, kind, _, values in tensors.values():
         writer.write_tensor_data(gguf.quantize(values(), kind))
     writer.close()
-    from scalepeft.export_vllm import reading
-
-    told = reading(tokenizer)
     return {
         "file": file.name,
         "dtypes": [kept, {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(outtype, outtype)],
         "tokenizer": str(tokenizer),
-        "chat": told["chat"],
+        "chat": export_vllm.reading(tokenizer)["chat"],
         "told": {"outtype": outtype, "pre": name, "recognised": name in gguf_tokenizer.PRE, "context_length": _context(config)},
     }
-
-
-def _plain_dtype() -> Any:
-    import numpy as np
-
-    return np.dtype(np.float32)  # of which the writer takes only that the shape is one of values
 
 
 def _context(config: Any) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scalepeft import export_vllm
+from scalepeft import beside, export_vllm
 from scalepeft.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -70,9 +70,12 @@ def write(source: Source, folder: Path, options: argparse.Namespace) -> dict[str
 
     del options
     whole, tokenizer = source.folders
+    if not proof.fits_as(whole):
+        raise UserError(f"{source.path}: {_TOO_LARGE}")
     model, reader = proof.opened(source.kind, whole), AutoTokenizer.from_pretrained(tokenizer)
     given = reader(["a row", "another row that is longer"], padding=True, return_tensors="pt")
     inputs = {name: given[name] for name in INPUTS if name in given}
+    beside.check_space(folder, 2 * 4 * sum(p.numel() for p in model.parameters()))  # as it is traced, and as it is kept
     graph = folder.parent / "graph"
     graph.mkdir()
     with _quiet(), torch.no_grad():
@@ -91,6 +94,8 @@ def write(source: Source, folder: Path, options: argparse.Namespace) -> dict[str
     traced = onnx.load(graph / MODEL)
     taken = [given.name for given in traced.graph.input]  # not what the model has no use for, as types of tokens
     onnx.save_model(traced, folder / MODEL, save_as_external_data=large, location=DATA if large else None)
+    if large:
+        (folder / DATA).chmod(0o644)  # onnx makes it private
     config = json.loads((whole / "config.json").read_bytes())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
     for file in tokenizer.iterdir():
@@ -142,9 +147,12 @@ def answers(folder: Path, plan: Mapping[str, Any], inputs: Mapping[str, torch.Te
 
 
 def same_tensors(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """There is no such proof: a graph is compared by its answers."""
-    del folder, plan
-    raise UserError("--format onnx: the model does not fit into the memory that is free; export it where it does")
+    """There is no such proof: a graph is compared by its answers, and traced in memory before."""
+    del plan
+    raise UserError(f"{folder}: {_TOO_LARGE}")
+
+
+_TOO_LARGE = "the model does not fit into the memory that is free; export it as ONNX where it does"
 
 
 def closing(output: Path, record: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
