@@ -79,7 +79,7 @@ def write(source: Source, folder: Path, options: argparse.Namespace) -> dict[str
     graph = folder.parent / "graph"
     graph.mkdir()
     with _quiet(), torch.no_grad():
-        # By tracing: torch 2.13's newer exporter takes twenty times as long and one more package for the same graphs.
+        # By tracing: the newer exporter of torch 2.13 takes many times as long, and one more package, for the same graphs.
         torch.onnx.export(
             model,
             kwargs=inputs,
