@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": ("scalepeft.compare:main", "show what differs between runs, in one table or page"),
     "sweep": ("scalepeft.sweep:main", "train a recipe with every combination of some values"),
     "merge": ("scalepeft.merge:main", "fold an adapter into its base"),
+    "export": ("scalepeft.export:main", "write a model for vLLM, onnxruntime or llama.cpp"),
     "push": ("scalepeft.push:main", "publish a run or a merged model on the Hub"),
 }
 """Each verb's function, as `module:function`, and what it does."""

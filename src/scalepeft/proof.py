@@ -20,7 +20,7 @@ PLAN = "merge.part.json"
 INPUTS = "rows.part.safetensors"
 RECIPE = "recipe.part.yaml"
 
-BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "q8_0": 1e-1}
 """Largest difference of logits by the dtype of the merged weights, relative to the largest logit (at least 1). Both models
 compute in float32, so that it is what the rounding of the merged weights does, and in float32 another order of sums."""
 
@@ -29,6 +29,14 @@ LAST_POSITIONS = 8
 
 LAYER_ROWS = 4
 """Random inputs by which the layers are compared one by one."""
+
+SENTENCES = (
+    "The ship left the harbour at dawn, and nobody on the quay knew where it was bound.",
+    "Water boils at a lower temperature in the mountains than at the sea.",
+    "What I liked least about the film was its ending; the music, though, was wonderful.",
+    "She counted the coins twice: eleven, twelve, thirteen.",
+)
+"""The rows of the proof where neither a run nor --verify brings any."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,16 +63,45 @@ def prove(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
 
 def fits(order: Order) -> bool:
     """Whether a model computes in float32 in the memory that is free, with a fifth to spare for what its layers give."""
+    from scalepeft.base import dtype
+
+    # the base as it is loaded stands beside its copy in float32, layer for layer less of the one and more of the other
+    return fits_as(Path(order.base), held=dtype(order.dtype).itemsize if order.dtype else 4)
+
+
+def fits_as(folder: Path, *, held: int = 4) -> bool:
+    """The same for the model in a folder, of which a value takes `held` bytes while it is loaded."""
     import psutil
 
-    from scalepeft.base import dtype
     from scalepeft.shards import Checkpoint
 
-    checkpoint = Checkpoint(Path(order.base))
+    checkpoint = Checkpoint(folder)
     values = sum(checkpoint.get(name).numel() for name in checkpoint.names)
-    held = dtype(order.dtype).itemsize if order.dtype else 4
-    # the base as it is loaded stands beside its copy in float32, layer for layer less of the one and more of the other
     return bool(values * max(4, held) * 1.2 <= psutil.virtual_memory().available)
+
+
+def save_rows(file: Path, run: str | None, tokenizer: str | None, name: str, *, trust_remote_code: bool = False) -> None:
+    """Write the rows of a proof: those by which a run was verified, or a few sentences as a model's tokenizer reads them.
+
+    Raises UserError when there is neither; `name` is the model's.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from scalepeft.run import VERIFICATION
+
+    kept = Path(run) / VERIFICATION if run else None
+    if kept and kept.is_file():
+        rows = {key: tensor for key, tensor in load_file(kept).items() if key != "logits"}
+    elif tokenizer:
+        from transformers import AutoTokenizer
+
+        reader = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+        reader.pad_token = reader.pad_token or reader.eos_token
+        reader.padding_side = "right"
+        rows = dict(reader(list(SENTENCES), return_tensors="pt", padding=bool(reader.pad_token)))
+    else:
+        raise UserError(f"{name}: neither it nor the adapter has a tokenizer to read the rows of the proof with")
+    save_file({key: tensor.contiguous() for key, tensor in rows.items()}, file)
 
 
 # --- the models -------------------------------------------------------------------------------------------------------
@@ -106,12 +143,17 @@ def merged_in_memory(order: Order) -> Any:
 
 def merged(order: Order, folder: Path) -> Any:
     """The merged model from its folder, in float32. Raises RunFailed when it does not load as it is."""
+    return opened(order.kind, folder, trust_remote_code=order.trust_remote_code)
+
+
+def opened(kind: str, folder: Path, **given: Any) -> Any:
+    """A whole model from its folder, in float32, by a class of transformers. Raises RunFailed when it does not load whole."""
     import torch
     import transformers
 
     try:
-        model, loading = getattr(transformers, order.kind).from_pretrained(
-            str(folder), dtype=torch.float32, output_loading_info=True, trust_remote_code=order.trust_remote_code
+        model, loading = getattr(transformers, kind).from_pretrained(
+            str(folder), dtype=torch.float32, output_loading_info=True, **given
         )
     except Exception as error:
         raise RunFailed(f"{folder}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
@@ -157,13 +199,17 @@ def _compare_logits(order: Order, folder: Path, rows: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     inputs = load_file(rows)
-    expected = list(_answers(reference(order), inputs))
-    found = list(_answers(merged(order, folder), inputs))
+    expected = list(answers(reference(order), inputs))
+    return compared(expected, list(answers(merged(order, folder), inputs)), _dtype_of(folder))
+
+
+def compared(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor], *kinds: str) -> dict[str, Any]:
+    """The largest difference of rows' logits, against the bound of the dtypes that the weights went through."""
     difference = max(
         (a - b).abs().max().item() if a.shape == b.shape else float("inf") for a, b in zip(expected, found, strict=True)
     )
     largest = max(logits.abs().max().item() for logits in expected)
-    kind = _dtype_of(folder)
+    kind = max(kinds, key=lambda kind: BOUNDS.get(kind, BOUNDS["float32"]))
     bound = BOUNDS.get(kind, BOUNDS["float32"]) * max(1.0, largest)
     if not all(logits.isfinite().all() for logits in found):
         difference = float("inf")
@@ -177,7 +223,7 @@ def _compare_logits(order: Order, folder: Path, rows: Path) -> dict[str, Any]:
     }
 
 
-def _answers(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+def answers(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
     """The logits of each row alone: padding costs time, and a row's answer is its own."""
     import torch
 
@@ -262,7 +308,7 @@ def measure(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     rows = _Rows(plan, folder) if plan.get("data") else None
     inputs = rows.inputs() if rows else load_file(folder / INPUTS)
     model = as_trained(order)
-    expected = list(_answers(model, inputs))
+    expected = list(answers(model, inputs))
     found: dict[str, Any] = {"rows": len(expected), "data": plan.get("data"), "adapter_on_base": {}}
     if rows:
         found["loss_rows"] = len(rows.prepared.rows)
@@ -275,7 +321,7 @@ def measure(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     for name, dequantized in choices.items():
         del model
         model = merged_in_memory(replace(order, dequantized=dequantized))
-        differences = [(a - b).abs() for a, b in zip(_answers(model, inputs), expected, strict=True)]
+        differences = [(a - b).abs() for a, b in zip(answers(model, inputs), expected, strict=True)]
         found[f"merged_on_{name}"] = {
             "max_difference": max(d.max().item() for d in differences),
             "mean_difference": sum(d.mean().item() for d in differences) / len(differences),
