@@ -1,0 +1,88 @@
+"""Train recipes that are stopped and taken up again, in the processes of one launch: to start processes costs more than to train.
+
+    accelerate launch ... tests/stopped.py PLAN
+
+PLAN is a JSON list of [recipe, [[where, step, rank], ...]]: at each place the process of that rank gets SIGUSR1, and the
+recipe is trained again when it has stopped. `where` is step, save or evaluation. A recipe that leaves otherwise than by that
+ends all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from scalepeft import published, stops
+from scalepeft import recipe as recipes
+from scalepeft.callbacks import StopRequest
+from scalepeft.errors import Interrupted
+from scalepeft.run import Run
+from scalepeft.train import train
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def signalled(where: str, step: int, rank: int):
+    """Let this process be signalled at a place of its training, if it is its turn; once."""
+    sent = []
+
+    def signal_at(found: int) -> None:
+        if rank == RANK and found == step and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGUSR1))
+
+    def calling(function, step_of):
+        def called(*arguments, **options):
+            signal_at(step_of(arguments))
+            return function(*arguments, **options)
+
+        return called
+
+    owner, name, step_of = {
+        "step": (StopRequest, "on_step_end", lambda given: given[2].global_step),
+        "evaluation": (StopRequest, "on_prediction_step", lambda given: given[2].global_step),
+        "save": (published, "digests", lambda given: int(given[0].name.partition("-")[2].removesuffix(".part"))),
+    }[where]
+    kept = getattr(owner, name)
+    setattr(owner, name, calling(kept, step_of))
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+def carry_out(recipe: Path, places: Sequence[tuple[str, int, int]], training=None) -> Run:
+    """Train a recipe to its end, stopped at places on the way."""
+    training = training or (lambda path: train(recipes.load(path)))
+    run = Run(recipes.load(recipe).output_dir)
+    for where, step, rank in places:
+        with signalled(where, step, rank):
+            try:
+                training(recipe)
+            except Interrupted as error:
+                assert f"stopped at step {step} of" in str(error), error
+                assert (run.path / stops.INTERRUPTED).exists()
+                assert run.record["status"] == "interrupted"
+                assert published.step_of(run.last_checkpoint()) == step
+                continue
+        raise AssertionError(f"was not stopped: {where} {step}")
+    return training(recipe)
+
+
+def main() -> None:
+    Accelerator.end_training = lambda _: None  # it would take the group of processes away
+    for recipe, places in json.loads(Path(sys.argv[1]).read_text()):
+        AcceleratorState._reset_state()
+        carry_out(Path(recipe), places)
+
+
+if __name__ == "__main__":
+    main()
