@@ -1,10 +1,9 @@
-"""Train recipes that are stopped and taken up again, in the processes of one launch: to start processes costs more than to train.
+"""Train recipes that are stopped and taken up again, in the processes of one launch: starting them costs more than training.
 
     accelerate launch ... tests/stopped.py PLAN
 
-PLAN is a JSON list of [recipe, [[where, step, rank], ...]]: at each place the process of that rank gets SIGUSR1, and the
-recipe is trained again when it has stopped. `where` is step, save or evaluation. A recipe that leaves otherwise than by that
-ends all.
+PLAN is a JSON list of [recipe, [[where, step, rank], ...], finish]: at each place the process of that rank gets SIGUSR1, or
+for the place "file" makes STOP, and the recipe is trained again when it has stopped. `where` is step, save or evaluation.
 """
 
 from __future__ import annotations
@@ -31,13 +30,17 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 @contextmanager
-def signalled(where: str, step: int, rank: int):
+def signalled(where: str, step: int, rank: int, run: Run):
     """Let this process be signalled at a place of its training, if it is its turn; once."""
     sent = []
 
     def signal_at(found: int) -> None:
         if rank == RANK and found == step and not sent:
-            sent.append(os.kill(os.getpid(), signal.SIGUSR1))
+            sent.append(where)
+            if where == "file":
+                (run.path / stops.STOP).touch()
+            else:
+                os.kill(os.getpid(), signal.SIGUSR1)
 
     def calling(function, step_of):
         def called(*arguments, **options):
@@ -48,6 +51,7 @@ def signalled(where: str, step: int, rank: int):
 
     owner, name, step_of = {
         "step": (StopRequest, "on_step_end", lambda given: given[2].global_step),
+        "file": (StopRequest, "on_step_end", lambda given: given[2].global_step),
         "evaluation": (StopRequest, "on_prediction_step", lambda given: given[2].global_step),
         "save": (published, "digests", lambda given: int(given[0].name.partition("-")[2].removesuffix(".part"))),
     }[where]
@@ -59,29 +63,30 @@ def signalled(where: str, step: int, rank: int):
         setattr(owner, name, kept)
 
 
-def carry_out(recipe: Path, places: Sequence[tuple[str, int, int]], training=None) -> Run:
-    """Train a recipe to its end, stopped at places on the way."""
+def carry_out(recipe: Path, places: Sequence[tuple[str, int, int]], *, finish: bool = True, training=None) -> Run:
+    """Train a recipe, stopped at places on the way, to its end unless that is left to others."""
     training = training or (lambda path: train(recipes.load(path)))
     run = Run(recipes.load(recipe).output_dir)
     for where, step, rank in places:
-        with signalled(where, step, rank):
+        told = ""
+        with signalled(where, step, rank, run):
             try:
                 training(recipe)
             except Interrupted as error:
-                assert f"stopped at step {step} of" in str(error), error
-                assert (run.path / stops.INTERRUPTED).exists()
-                assert run.record["status"] == "interrupted"
-                assert published.step_of(run.last_checkpoint()) == step
-                continue
-        raise AssertionError(f"was not stopped: {where} {step}")
-    return training(recipe)
+                told = str(error)
+        assert f"stopped at step {step} of" in told, (where, step, told)
+        assert (run.path / stops.INTERRUPTED).exists()
+        assert not (run.path / stops.STOP).exists()
+        assert run.record["status"] == "interrupted"
+        assert published.step_of(run.last_checkpoint()) == step
+    return training(recipe) if finish else run
 
 
 def main() -> None:
     Accelerator.end_training = lambda _: None  # it would take the group of processes away
-    for recipe, places in json.loads(Path(sys.argv[1]).read_text()):
+    for recipe, places, finish in json.loads(Path(sys.argv[1]).read_text()):
         AcceleratorState._reset_state()
-        carry_out(Path(recipe), places)
+        carry_out(Path(recipe), places, finish=finish)
 
 
 if __name__ == "__main__":

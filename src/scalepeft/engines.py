@@ -24,8 +24,9 @@ from scalepeft.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-_STALE = 600
-"""Seconds after which torch's lock of an extension is that of a process that died: a build takes one or two minutes."""
+_STALE = {True: 20.0, False: 600.0}
+"""Seconds after which torch's lock of an extension, built or not, is that of a process that died: a build takes one or two
+minutes, and to find that nothing is to be built takes one or two seconds."""
 
 
 def asked() -> str:
@@ -189,11 +190,12 @@ def _compile(builder: Any) -> None:
         os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
     folder = Path(_get_build_directory(builder.name, verbose=False))
     with FileLock(folder.with_name(f".{builder.name}.scalepeft.lock")):
+        built = (folder / f"{builder.name}.so").is_file()
         baton = folder / "lock"  # torch's own: left behind by a process that was killed, it is waited for without end
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - baton.stat().st_mtime > _STALE:
-                baton.unlink()
-        built = (folder / f"{builder.name}.so").is_file()
+            while time.time() - baton.stat().st_mtime < _STALE[built]:
+                time.sleep(0.1)
+            baton.unlink()
         started = time.monotonic()
         if not built:
             _tell(f"DeepSpeed's {builder.name} is compiled, once on this machine; that takes a minute or two ...")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +189,22 @@ def _pass_on(number: int) -> None:
     for process in launched:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)
+
+
+def end_with_the_launcher() -> None:
+    """Let a launched process be killed when its launcher is: on its own it would hold its device and the run's lock.
+
+    Linux tells of a parent's end by a signal of the child's choice (prctl(2), PR_SET_PDEATHSIG).
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it ended meanwhile
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 def asked() -> Layout | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +157,24 @@ class Resumable(Trainer):  # type: ignore[misc]
         flow.on_step_end(self.args, self.state, due)
         if step % self._steps_per_epoch() == 0 or step >= self.state.max_steps:
             flow.on_epoch_end(self.args, self.state, due)
-        done = any(entry["step"] == step and "eval_loss" in entry for entry in self.state.log_history)
-        return bool(due.should_evaluate) and not done
+        return bool(due.should_evaluate) and not self.evaluated()
+
+    def evaluated(self) -> bool:
+        """Whether the figures of the last step are in the log, be it by an earlier session."""
+        return any(entry["step"] == self.state.global_step and "eval_loss" in entry for entry in self.state.log_history)
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Take back what was logged of an evaluation that is left: the whole of it will be done again."""
+        logged, first = len(self.state.log_history), self.args.process_index == 0
+        size = (self.run.path / METRICS).stat().st_size if first else 0
+        try:
+            yield
+        except Interrupted:
+            del self.state.log_history[logged:]
+            if first:
+                os.truncate(self.run.path / METRICS, size)
+            raise
 
     def _steps_per_epoch(self) -> int:
         raise NotImplementedError

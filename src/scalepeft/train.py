@@ -43,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--fresh", action="store_true", help="move an existing run directory aside and start anew")
     launch.add_options(parser)
     options = parser.parse_intermixed_args(arguments)
+    launch.end_with_the_launcher()
     with stops.Stop() as stop, ranks.one_voice():
         launch.heed_the_launcher()
         recipe = recipes.load(options.recipe, options.overrides)
@@ -370,8 +371,8 @@ def _record_evaluation(run: Run, trainer: RecipeTraining) -> None:
     reloaded = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
     saved_step = state.best_global_step if reloaded else state.global_step
     if trainer.eval_dataset and saved_step not in trainer.evaluations:
-        if reloaded:
-            trainer.pop_callback(MetricsLog)  # these are an earlier step's figures
+        if reloaded or trainer.evaluated():
+            trainer.pop_callback(MetricsLog)  # these are an earlier step's figures, or were logged by an earlier session
         try:
             trainer.evaluate()
         except Interrupted:

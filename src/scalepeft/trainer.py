@@ -161,13 +161,15 @@ class RecipeTraining(Resumable):
         """Evaluate every named set: the main one under eval_*, the others under eval_NAME_*."""
         assert eval_dataset is None, "the sets of the recipe are evaluated"
         figures: dict[str, float] = {}
-        measured = self.evaluations[self.state.global_step] = {}
-        for index, name in enumerate(self.eval_dataset):
-            prefix = f"{metric_key_prefix}_{name}" if index else metric_key_prefix
-            found = super().evaluate(name, ignore_keys, prefix)
-            own = {k.removeprefix(f"{prefix}_"): v for k, v in found.items() if k.startswith(f"{prefix}_")}
-            measured[name] = {k: v for k, v in own.items() if not k.endswith(SPEED)} | self._details
-            figures |= found
+        measured: dict[str, dict[str, Any]] = {}
+        with self.all_or_nothing():
+            for index, name in enumerate(self.eval_dataset):
+                prefix = f"{metric_key_prefix}_{name}" if index else metric_key_prefix
+                found = super().evaluate(name, ignore_keys, prefix)
+                own = {k.removeprefix(f"{prefix}_"): v for k, v in found.items() if k.startswith(f"{prefix}_")}
+                measured[name] = {k: v for k, v in own.items() if not k.endswith(SPEED)} | self._details
+                figures |= found
+        self.evaluations[self.state.global_step] = measured
         if self.state.global_step == 0 and self.args.process_index == 0:  # kept: a resumed run does not measure it again
             self.run.update(evaluation={name: {"before": found} for name, found in measured.items()})
         return figures
