@@ -167,7 +167,8 @@ def test_killed_while_it_saves_it_goes_on(toy, train, start, straight):
     check_as_if_nothing_had_happened(train(recipe), straight)
 
 
-def test_a_file_asks_to_stop_and_is_taken_away(toy):
+def test_a_file_asks_to_stop_and_is_taken_away(toy, monkeypatch):
+    monkeypatch.setattr(stops, "_LOOK", 0.0)
     recipe = toy(training={"num_train_epochs": 1})
     run = carry_out(recipe, [("file", 2, 0)], training=train_here)
     assert run.record["status"] == "complete"

@@ -33,13 +33,13 @@ _LOOK = 1.0
 class Stop:
     """What this process was asked for. As a context it hears signals; the one that installed them before is put back after.
 
-    While nothing is trained a signal raises KeyboardInterrupt wherever the program is; after `remember` it sets `requested`,
-    and training sees to it when its step is done.
+    A signal sets `requested`. After `interrupt` it also raises KeyboardInterrupt, wherever the program is; after `remember` it
+    does not, and training sees to it when its step is done.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._remembers = False
+        self._interrupts = self.remembers = False
         self._at_once: Callable[[], None] = lambda: None
         self._to: Callable[[int], None] | None = None
         self._first = 0.0
@@ -56,9 +56,15 @@ class Stop:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def interrupt(self) -> None:
+        """Let signals interrupt the program from now on. Raises KeyboardInterrupt when one has come already."""
+        self._interrupts = True
+        if self.requested:
+            raise KeyboardInterrupt
+
     def remember(self, at_once: Callable[[], None]) -> None:
         """Let signals wait from now on until somebody asks for `requested`; a second Ctrl-C calls `at_once` and ends it all."""
-        self._remembers, self._at_once = True, at_once
+        self._interrupts, self.remembers, self._at_once = False, True, at_once
 
     @contextlib.contextmanager
     def passed_on(self, to: Callable[[int], None]) -> Iterator[None]:
@@ -81,13 +87,12 @@ class Stop:
         if number == signal.SIGINT and not self._first:
             self._first = time.monotonic()
         told, self.requested = self.requested, True
-        if not self._remembers:
-            if not told:  # else it is on its way out already
-                raise KeyboardInterrupt
-        elif again:
+        if self._interrupts and not told:  # else it is on its way out already
+            raise KeyboardInterrupt
+        if self.remembers and again:
             self._at_once()
             os._exit(130)
-        elif not told:
+        if self.remembers and not told:
             hint = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
             _tell(f"\nfinishing this step, then saving{hint}\n")
 

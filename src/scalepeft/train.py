@@ -90,10 +90,11 @@ def train(recipe: Recipe, *, fresh: bool = False, stop: stops.Stop | None = None
 def _interruptible(run: Run, stop: stops.Stop) -> Iterator[None]:
     """A signal before anything is trained is a stop like another: the marker is left, and the same command begins anew."""
     try:
+        stop.interrupt()
         yield
     except (KeyboardInterrupt, Exception) as error:
         # an error of another library may be what became of the interruption; one of ours is a finding of its own
-        if isinstance(error, ScalepeftError) or not (stop.requested or isinstance(error, KeyboardInterrupt)):
+        if stop.remembers or isinstance(error, ScalepeftError) or not (stop.requested or isinstance(error, KeyboardInterrupt)):
             raise
         if not ranks.failed():  # else the launcher ends this process because of another
             stops.mark(run.path)

@@ -36,8 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         raise UserError("usage: python -m scalepeft.verify RUN")
     run = Run(Path(arguments[0]))
-    with Stop():
+    with Stop() as stop:
         try:
+            stop.interrupt()
             verify(run)
             say(_closing(run))
         except KeyboardInterrupt:
