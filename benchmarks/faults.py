@@ -39,7 +39,6 @@ TARGETS = {"one": ("everything",), "ddp": ("worker", "launcher", "everything"), 
 STEPS, EVERY = 150, 10
 TRAINING = {
     "num_train_epochs": STEPS // 5,
-    "per_device_train_batch_size": 8,
     "train_sampling_strategy": "group_by_length",
     "neftune_noise_alpha": 5,
     "eval_strategy": "steps",
@@ -99,7 +98,7 @@ class Session:
 
 def campaign(layout: str, wanted: int, seed: int) -> Iterator[dict[str, Any]]:
     """Trials of a layout until so many kills are done; the first run is the straight one."""
-    with toys() as write:
+    with toys(16 if layout == "one" else 8) as write:
         straight = Session(write("straight"), layout)
         if straight.wait() or straight.process.returncode:
             raise RuntimeError(straight.log.read_text())
@@ -180,7 +179,7 @@ def totals(trials: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 @contextlib.contextmanager
-def toys() -> Iterator[Callable[[str], Path]]:
+def toys(batch: int) -> Iterator[Callable[[str], Path]]:
     """A function that writes the toy of the tests, under a name, into a folder that goes with the campaign."""
     sys.path.insert(0, str(ROOT / "tests"))
     import conftest
@@ -189,7 +188,7 @@ def toys() -> Iterator[Callable[[str], Path]]:
         folder = Path(name)
         makes = SimpleNamespace(mktemp=lambda made: (folder / made).mkdir() or folder / made)
         base = conftest.tiny_model.__wrapped__(conftest.tiny_tokenizer.__wrapped__(), makes)
-        yield lambda run: conftest.write_toy(folder, base, run, training=TRAINING)
+        yield lambda run: conftest.write_toy(folder, base, run, training={**TRAINING, "per_device_train_batch_size": batch})
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------------------

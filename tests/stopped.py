@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import Accelerator
+import several  # before accelerate, for which it may set a variable
 from accelerate.state import AcceleratorState
 
 from scalepeft import published, stops
@@ -63,9 +63,8 @@ def signalled(where: str, step: int, rank: int, run: Run):
         setattr(owner, name, kept)
 
 
-def carry_out(recipe: Path, places: Sequence[tuple[str, int, int]], *, finish: bool = True, training=None) -> Run:
+def carry_out(recipe: Path, places: Sequence[tuple[str, int, int]], *, training, finish: bool = True) -> Run:
     """Train a recipe, stopped at places on the way, to its end unless that is left to others."""
-    training = training or (lambda path: train(recipes.load(path)))
     run = Run(recipes.load(recipe).output_dir)
     for where, step, rank in places:
         told = ""
@@ -85,10 +84,10 @@ def carry_out(recipe: Path, places: Sequence[tuple[str, int, int]], *, finish: b
 
 
 def main() -> None:
-    Accelerator.end_training = lambda _: None  # it would take the group of processes away
+    overrides = several.prepared()
     for recipe, places, finish in json.loads(Path(sys.argv[1]).read_text()):
         AcceleratorState._reset_state()
-        carry_out(Path(recipe), places, finish=finish)
+        carry_out(Path(recipe), places, finish=finish, training=lambda path: train(recipes.load(path, overrides)))
 
 
 if __name__ == "__main__":

@@ -51,12 +51,13 @@ def same_to_the_byte(run: Run, straight: Run) -> None:
 def launched(folder: Path, plan: list, layout: str) -> None:
     """Carry out a plan in the two processes of one launch."""
     (folder / "plan.json").write_text(json.dumps([[str(recipe), places, finish] for recipe, places, finish in plan]))
-    line = launch.line(launch.layout(layout), "x", [], processes=2, cpu=True, machines=launch.Machines())
-    options = [word for word in line.arguments if word not in ("-m", "x")]
+    chosen, fsdp = launch.layout(layout), layout.startswith("fsdp")
+    options = ["--config_file", str(chosen.path), "--num_processes", "2", "--main_process_port", "0"]
     words = [*options, str(Path(__file__).with_name("stopped.py")), str(folder / "plan.json")]
+    on_cpus = {"SCALEPEFT_TESTS_FSDP_ON_CPU": "1"} if fsdp else launch._without_devices(chosen.engine)
     found = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *words],
-        env=os.environ | dict(line.environment),
+        env=os.environ | on_cpus | {"DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         check=False,
@@ -77,7 +78,7 @@ def test_one_process_goes_on_to_the_bit(toy, strategy):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", ["multi_cpu", "zero2", "zero3"])
+@pytest.mark.parametrize("layout", ["multi_cpu", "zero2", "zero3", "fsdp2"])
 def test_several_processes_go_on_to_the_bit(layout, tmp_path, tiny_model):
     training = NOISY | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     recipes = [write_toy(tmp_path, tiny_model, name, training=training) for name in ("straight", "run")]

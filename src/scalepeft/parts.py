@@ -13,6 +13,7 @@ from scalepeft.checkpoint import load_state, save_state
 
 _SCALERS = ("LossScaler", "DynamicLossScaler")
 """DeepSpeed's classes of loss scalers, which it saves as objects; their fields are numbers."""
+_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 _UNREAD = ("param_slice_mappings", "ds_config", "param_shapes", "frozen_param_shapes", "shared_params")
 """What DeepSpeed saves, too, for the conversion to a "universal" checkpoint, and does not read when it resumes."""
 
@@ -43,21 +44,23 @@ def _save(engine: Any, state_dict: Mapping[str, Any], path: str) -> None:  # noq
     optimizer = state.get("optimizer_state_dict")
     if optimizer is not None:
         optimizer = {key: value for key, value in optimizer.items() if key not in _UNREAD}
-        scaler = optimizer["loss_scaler"]
-        state["optimizer_state_dict"] = optimizer | {"loss_scaler": [type(scaler).__name__, vars(scaler)]}
+        if (scaler := optimizer.get("loss_scaler")) is not None:
+            fields = {name: str(v) if isinstance(v, torch.dtype) else v for name, v in vars(scaler).items()}
+            optimizer["loss_scaler"] = [type(scaler).__name__, fields]
+        state["optimizer_state_dict"] = optimizer
     save_state(state, Path(path))
 
 
 def _load(engine: Any, path: str, map_location: Any = None) -> dict[str, Any]:  # noqa: ARG001
     state: dict[str, Any] = load_state(Path(path))
-    if "optimizer_state_dict" in state:
-        name, fields = state["optimizer_state_dict"]["loss_scaler"]
+    optimizer = state.get("optimizer_state_dict")
+    if optimizer is not None and optimizer.get("loss_scaler") is not None:
+        name, fields = optimizer["loss_scaler"]
         if name not in _SCALERS:
             raise ValueError(f"{path}: {name!r} is no loss scaler of DeepSpeed's")
         kind = getattr(importlib.import_module("deepspeed.runtime.fp16.loss_scaler"), name)
-        scaler = kind.__new__(kind)
-        vars(scaler).update(fields)
-        state["optimizer_state_dict"]["loss_scaler"] = scaler
+        scaler = optimizer["loss_scaler"] = kind.__new__(kind)
+        vars(scaler).update({key: _DTYPES.get(value, value) for key, value in fields.items()})
     return state
 
 

@@ -53,11 +53,7 @@ def main(arguments: Sequence[str]) -> int:
             return _launched(line, Run(recipe.output_dir), stop)
         run = train(recipe, fresh=options.fresh, stop=stop)
         if run.record.get("status") != "complete" and speaks():
-            stops.held_back()
-            if stop.requested:
-                run.interrupt(f"{run.path}: trained and saved, not verified; the same command does that")
-                raise Interrupted(run.record["reason"])
-            _verify_in_place_of_this(run)
+            _verify_in_place_of_this(run, stop)
     if speaks() and recipe.training.get("push_to_hub"):
         push.in_place_of_this(run)
     return 0
@@ -420,8 +416,12 @@ def _save(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining) -> 
     write_reference(run, reference, trainer, trainer.task.sample(rows[0]))
 
 
-def _verify_in_place_of_this(run: Run) -> None:
+def _verify_in_place_of_this(run: Run, stop: stops.Stop) -> None:
     """Become the verification: the training process is gone, and all its memory with it, before the base is loaded again."""
+    stops.held_back()  # the verification hears what comes from here on
+    if stop.requested:
+        run.interrupt(f"{run.path}: trained and saved, not verified; the same command does that")
+        raise Interrupted(run.record["reason"])
     atexit._run_exitfuncs()  # noqa: SLF001  # trackers upload what they hold at exit, which exec skips
     sys.stdout.flush()
     sys.stderr.flush()
