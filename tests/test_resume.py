@@ -245,6 +245,17 @@ def test_a_part_of_deepspeeds_is_read_without_unpickling(tmp_path):
         parts._load(None, str(tmp_path / "other.pt"))
 
 
+def test_a_loss_scaler_of_deepspeeds_comes_back_as_it_was(tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+
+    scaler = CreateLossScaler(torch.float16, static_loss_scale=1.0, dynamic_scaling=True, dynamic_loss_args=None)
+    scaler.update_scale(overflow=False)
+    parts._save(None, {"optimizer_state_dict": {"loss_scaler": scaler}}, str(tmp_path / "part.pt"))
+    found = parts._load(None, str(tmp_path / "part.pt"))["optimizer_state_dict"]["loss_scaler"]
+    assert type(found) is type(scaler)
+    assert vars(found) == vars(scaler)
+
+
 FACTS = {
     "recipe": "r",
     "data": {"train": "d"},
@@ -256,7 +267,7 @@ FACTS = {
     ("change", "told"),
     [
         ({"recipe": "other"}, "was saved with another recipe"),
-        ({"data": {"train": "other"}}, "was saved with another rows"),
+        ({"data": {"train": "other"}}, "was saved with other rows"),
         (
             {"layout": {**FACTS["layout"], "engine": "ZeRO-2"}},
             "was saved by 2 processes of ZeRO-3, and this is 2 processes of ZeRO-2",

@@ -72,12 +72,16 @@ def of_fsdp(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
     return {"weights": weights, "optimizer": {**state, "state": states}}
 
 
-def into_fsdp(model: torch.nn.Module, optimizer: Any, saved: Mapping[str, Any]) -> None:
-    """Put back what `of_fsdp` gave, on a model that is divided the same."""
+def weights_into_fsdp(model: torch.nn.Module, saved: Mapping[str, Any]) -> None:
+    """Put back the weights that `of_fsdp` gave, into a model that is divided the same."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in saved["weights"]:
                 _part(parameter).copy_(saved["weights"][name])
+
+
+def states_into_fsdp(optimizer: Any, saved: Mapping[str, Any]) -> None:
+    """Put back the optimizer's states that `of_fsdp` gave."""
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states = {
         index: {key: _like(value, order[index]) for key, value in of.items()}

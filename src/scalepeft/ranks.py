@@ -119,8 +119,13 @@ def _shown(error: Exception) -> str:
 
 
 def failed() -> bool:
-    """Whether a process of the launch has failed, this one or another."""
-    return processes() > 1 and bool(_store().check(["failed"]))
+    """Whether a process of the launch has failed, this one or another, or the launcher, which knows, is gone."""
+    if processes() == 1:
+        return False
+    try:
+        return bool(_store().check(["failed"]))
+    except RuntimeError:  # torch's errors of the store
+        return True
 
 
 def _wait(store: Any, key: str, seconds: float) -> None:

@@ -99,8 +99,7 @@ class Resumable(Trainer):  # type: ignore[misc]
         if self.is_deepspeed_enabled:  # by parts.deepspeed_without_pickles
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=isinstance(self.model, PeftModel))
         elif self.is_fsdp_enabled:
-            own = folder / f"engine_{self.args.process_index}.safetensors"
-            save_state(parts.of_fsdp(self.model, self.optimizer), own)
+            save_state(parts.of_fsdp(self.model, self.optimizer), folder / self._own_part())
         elif self.args.should_save:
             save_state(self.optimizer.state_dict(), folder / "optimizer.safetensors")
         if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
@@ -218,8 +217,13 @@ class Resumable(Trainer):  # type: ignore[misc]
             raise UserError(f"{best}: {found}, and it is the best checkpoint; train anew with --fresh")
         if allocates_ranks(self.model):
             load_ranks_state(self.model, load_state(best / "ranks.safetensors"))
+        elif self.is_fsdp_enabled:
+            parts.weights_into_fsdp(self.model, load_state(best / self._own_part()))
         else:
             super()._load_best_model()
+
+    def _own_part(self) -> str:
+        return f"engine_{self.args.process_index}.safetensors"
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -227,8 +231,9 @@ class Resumable(Trainer):  # type: ignore[misc]
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         if self.is_fsdp_enabled:
-            saved = load_state(Path(checkpoint, f"engine_{self.args.process_index}.safetensors"))
-            parts.into_fsdp(self.model, self.optimizer, saved)
+            saved = load_state(Path(checkpoint, self._own_part()))
+            parts.weights_into_fsdp(self.model, saved)
+            parts.states_into_fsdp(self.optimizer, saved)
         elif not self.is_deepspeed_enabled:  # which loads its own with the model
             self.optimizer.load_state_dict(load_state(Path(checkpoint, "optimizer.safetensors")))
         if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):

@@ -163,8 +163,8 @@ def _compare(checkpoint: Path, facts: Mapping[str, Any]) -> None:
     """Say what differs between a checkpoint and this launch. Raises UserError for what cannot be gone on with."""
     was = published.manifest(checkpoint)
     if was["recipe"] != facts["recipe"] or was["data"] != facts["data"]:
-        what = "recipe" if was["recipe"] != facts["recipe"] else "rows"
-        raise UserError(f"{checkpoint}: was saved with another {what} than this run's; take it away, or train with --fresh")
+        what = "another recipe" if was["recipe"] != facts["recipe"] else "other rows"
+        raise UserError(f"{checkpoint}: was saved with {what} than this run's; take it away, or train with --fresh")
     before, now = was["layout"], facts["layout"]
     if before["global_batch_size"] != now["global_batch_size"]:
         told = f"its steps are of {before['global_batch_size']} rows, and would be of {now['global_batch_size']}"

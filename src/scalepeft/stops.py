@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,11 +75,11 @@ class Stop:
             self._to = None
 
     def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  # as Python calls a handler
+        if os.getpid() != self._process:  # a process that was forked from this one, which sees to it
+            return
         if self._to is not None:
             self.requested = True
             self._to(number)
-            return
-        if os.getpid() != self._process:  # a process that was forked from this one, for reading rows: it ends with it
             return
         echo = _ECHO if "RANK" in os.environ else 0.0
         again = number == signal.SIGINT and self._first > 0 and time.monotonic() - self._first > echo
@@ -99,7 +98,7 @@ class Stop:
 
 def _tell(text: str) -> None:
     if speaks():
-        os.write(sys.stderr.fileno(), text.encode())  # print is not to be entered twice, and it may be what was interrupted
+        os.write(2, text.encode())  # print is not to be entered twice, and it may be what was interrupted
 
 
 def held_back() -> None:
