@@ -220,7 +220,6 @@ WAYS = {
     "SIGUSR1 to the launcher": lambda process: process.process.send_signal(signal.SIGUSR1),
     "SIGINT to every process": lambda process: [each.send_signal(signal.SIGINT) for each in everyone(process)],
     "SIGTERM to every process": lambda process: [each.send_signal(signal.SIGTERM) for each in everyone(process)],
-    "SIGUSR1 to one worker": lambda process: everyone(process)[0].children()[-1].send_signal(signal.SIGUSR1),
 }
 
 
