@@ -148,23 +148,16 @@ def test_killed_it_goes_on(toy, train, start, straight):
 
 
 @pytest.mark.long
-def test_killed_again_and_again_it_arrives(toy, train, start, straight):
-    recipe = toy(training=LONG)
-    for step in (1, 9, 10, 11, 30, 31, 60, 75, 100, 140):
-        process = start(recipe)
-        process.wait_for_step(step)
-        process.signal(signal.SIGKILL)
-    check_as_if_nothing_had_happened(train(recipe), straight)
+@pytest.mark.parametrize(("layout", "kills"), [("one", 4), ("ddp", 2)])
+def test_killed_at_random_moments_it_arrives(layout, kills, monkeypatch):
+    """The short form of benchmarks/faults.py."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import faults
 
-
-@pytest.mark.long
-def test_killed_while_it_saves_it_goes_on(toy, train, start, straight):
-    recipe = toy(training=LONG)
-    for step in range(10, 60, 10):
-        process = start(recipe)
-        process.wait_for(published.beside(process.run.path, step).exists)
-        process.signal(signal.SIGKILL)
-    check_as_if_nothing_had_happened(train(recipe), straight)
+    trials = list(faults.campaign(layout, kills, seed=1))
+    found = faults.totals(trials)[layout]
+    assert found["kills"] >= kills
+    assert faults.holds({layout: found}), trials
 
 
 def test_a_file_asks_to_stop_and_is_taken_away(toy, monkeypatch):
