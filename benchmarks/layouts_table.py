@@ -103,6 +103,13 @@ depends on the rows beside it, or on chance, and so on how a step is divided.
 One process that dies ends all others, within 30 seconds on its machine, and its error is told once. Where a whole machine is
 lost, its peers end with their next exchange, or after `training.ddp_timeout` seconds.
 
+## Resuming
+
+On the layout that it was broken off on, a run goes on to the byte (fp32 on CPUs: one process, DDP, ZeRO-2 and ZeRO-3, with
+dropout, NEFTune and length grouping: `tests/test_resume.py`). One process and DDP go on from each other's checkpoints, with
+the same rows in each step and the numbers of the contract, random masks aside. What ZeRO and FSDP2 keep in parts is resumed by
+as many processes of the same engine; elsewhere it is refused in a line.
+
 ## What is where
 
 | | whole on each process | divided | saved |

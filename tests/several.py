@@ -34,15 +34,20 @@ def recording(self: Rows, indices: list[int]) -> list[dict]:
     return getitems(self, indices)
 
 
+def prepared() -> list[str]:
+    """Let one process train several recipes, and on CPUs, when that is asked for, as on GPUs; the overrides for that."""
+    Accelerator.end_training = lambda _: None  # it would take the group of processes away
+    if not ON_CPU:
+        return []
+    engines.make_ready = lambda: None  # which refuses FSDP on a CPU
+    launch.on_cpu = lambda: False
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    return ["training.use_cpu=false"]
+
+
 def main() -> None:
     Rows.__getitems__ = recording
-    Accelerator.end_training = lambda _: None  # it would take the group of processes away
-    overrides = []
-    if ON_CPU:
-        engines.make_ready = lambda: None  # which refuses FSDP on a CPU
-        launch.on_cpu = lambda: False
-        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
-        overrides = ["training.use_cpu=false"]
+    overrides = prepared()
     for path in sys.argv[1:]:
         AcceleratorState._reset_state()
         taken.clear()

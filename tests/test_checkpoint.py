@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from scalepeft.checkpoint import load_state, publish, save_state
-from scalepeft.run import Run
+from scalepeft.checkpoint import load_state, save_state
 
 
 def same(a: object, b: object) -> bool:
@@ -112,16 +111,3 @@ def test_what_has_no_safe_form_is_refused_and_leaves_no_file(tmp_path, value):
     with pytest.raises(TypeError, match=type(value).__name__):
         save_state({"it": [value]}, tmp_path / "s.safetensors")
     assert not list(tmp_path.iterdir())
-
-
-def test_only_published_checkpoints_count(tmp_path):
-    run = Run(tmp_path)
-    assert run.last_checkpoint() is None
-    for step in (2, 9, 10, 30):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "weights").write_text("12345")
-    for step in (2, 9, 10):
-        publish(tmp_path / f"checkpoint-{step}", step)
-    assert run.last_checkpoint() == tmp_path / "checkpoint-10"
-    assert run.unpublished() == [tmp_path / "checkpoint-30"]
-    assert json.loads((tmp_path / "checkpoint-10/checkpoint.json").read_text()) == {"step": 10, "files": {"weights": 5}}

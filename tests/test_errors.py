@@ -20,7 +20,7 @@ from scalepeft.run import Run
 def fails(tmp_path, monkeypatch, capfd):
     """Run a command that must fail, here or as a process of its own; returns the one line it says."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("scalepeft.train._verify_in_place_of_this", lambda run: pytest.fail(f"{run.path} is trained"))
+    monkeypatch.setattr("scalepeft.train._verify_in_place_of_this", lambda run, _: pytest.fail(f"{run.path} is trained"))
 
     def fails(*arguments: object, silent: bool = True) -> str:
         from accelerate.state import AcceleratorState, PartialState
@@ -343,7 +343,7 @@ def train_on_a_full_disk(recipe: Path, capfd) -> tuple[int, str]:
 @pytest.fixture
 def full(toy, mounted, monkeypatch, capfd, complete, train):  # noqa: PLR0917  # fixtures
     """Train on a disk of a size in KiB, then with enough space; returns what was said and whether something was kept."""
-    monkeypatch.setattr("scalepeft.train._verify_in_place_of_this", lambda run: None)  # noqa: ARG005
+    monkeypatch.setattr("scalepeft.train._verify_in_place_of_this", lambda *_: None)
     folder = mounted("size=4m")
     recipe = toy(training={"output_dir": str(folder / "run")})
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from conftest import train_here
+from stopped import carry_out
 
-from scalepeft.errors import UserError
+from scalepeft import published, stops
+from scalepeft.errors import Interrupted, UserError
 from scalepeft.run import Run
 
 STEPS = 150
@@ -36,12 +41,16 @@ def straight(tmp_path_factory, tiny_model) -> Run:
 class Process:
     """`scalepeft train` as a process of its own."""
 
-    def __init__(self, recipe: Path) -> None:
+    def __init__(self, recipe: Path, *words: str) -> None:
         self.run = Run(recipe.with_suffix(""))
         self.log = recipe.with_suffix(".log")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "scalepeft", "train", recipe], stdout=subprocess.DEVNULL, stderr=log, cwd=recipe.parent
+                [sys.executable, "-m", "scalepeft", "train", recipe, *words],
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                cwd=recipe.parent,
+                start_new_session=True,  # as a terminal gives a command a group of its own
             )
 
     def wait_for(self, condition) -> None:
@@ -65,8 +74,8 @@ def start():
     """Start a process that ends with the test."""
     started: list[Process] = []
 
-    def start(recipe: Path) -> Process:
-        started.append(Process(recipe))
+    def start(recipe: Path, *words: str) -> Process:
+        started.append(Process(recipe, *words))
         return started[-1]
 
     yield start
@@ -92,7 +101,7 @@ def check_as_if_nothing_had_happened(run: Run, straight: Run) -> None:
     assert sorted(p.name for p in run.path.iterdir()) == sorted(p.name for p in straight.path.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)], ids=lambda n: n.name)
 def test_asked_to_stop_it_saves_says_so_and_goes_on(toy, train, start, straight, number):
     recipe = toy(training=LONG)
     process = start(recipe)
@@ -106,6 +115,7 @@ def test_asked_to_stop_it_saves_says_so_and_goes_on(toy, train, start, straight,
     assert last == record["reason"]
     assert str(run.path / f"checkpoint-{step}") in last
     assert not [line for line in steps if line and not line.startswith(("step ", "finishing this step"))]
+    assert (run.path / stops.INTERRUPTED).exists()
     check_as_if_nothing_had_happened(train(recipe), straight)
 
 
@@ -138,24 +148,103 @@ def test_killed_it_goes_on(toy, train, start, straight):
 
 
 @pytest.mark.long
-def test_killed_again_and_again_it_arrives(toy, train, start, straight):
-    recipe = toy(training=LONG)
-    for step in (1, 9, 10, 11, 30, 31, 60, 75, 100, 140):
-        process = start(recipe)
-        process.wait_for_step(step)
-        process.signal(signal.SIGKILL)
-    check_as_if_nothing_had_happened(train(recipe), straight)
+@pytest.mark.parametrize(("layout", "kills"), [("one", 4), ("ddp", 2)])
+def test_killed_at_random_moments_it_arrives(layout, kills, monkeypatch):
+    """The short form of benchmarks/faults.py."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import faults
+
+    trials = list(faults.campaign(layout, kills, seed=1))
+    found = faults.totals(trials)[layout]
+    assert found["kills"] >= kills
+    assert faults.holds({layout: found}), trials
+
+
+def test_a_file_asks_to_stop_and_is_taken_away(toy, monkeypatch):
+    monkeypatch.setattr(stops, "_LOOK", 0.0)
+    recipe = toy(training={"num_train_epochs": 1})
+    run = carry_out(recipe, [("file", 2, 0)], training=train_here)
+    assert run.record["status"] == "complete"
+    assert not {stops.STOP, stops.INTERRUPTED} & {path.name for path in run.path.iterdir()}
+
+
+def test_a_request_that_an_earlier_session_did_not_see_stops_no_later_one(toy, train, capfd):
+    recipe = toy(training={"num_train_epochs": 1})
+    run = Run(recipe.with_suffix(""))
+    run.path.mkdir()
+    for name in (stops.STOP, stops.INTERRUPTED):
+        (run.path / name).touch()
+    assert train(recipe).record["status"] == "complete"
+    assert f"{run.path / stops.STOP}: of an earlier session; removed" in capfd.readouterr().err
+    assert not {stops.STOP, stops.INTERRUPTED} & {path.name for path in run.path.iterdir()}
+
+
+@pytest.mark.parametrize("number", stops.SIGNALS, ids=lambda n: n.name)
+def test_a_signal_while_rows_are_prepared_leaves_at_once_and_says_so(toy, train, monkeypatch, number):
+    recipe = toy()
+    run = Run(recipe.with_suffix(""))
+    with monkeypatch.context() as patch:
+        patch.setattr("scalepeft.data.prepare", lambda *_, **__: os.kill(os.getpid(), number))
+        with pytest.raises(Interrupted, match="stopped before training; the same command goes on"):
+            train(recipe)
+    assert [path.name for path in run.path.iterdir()] == [stops.INTERRUPTED]
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler), "the signal is heard as before"
+    assert train(recipe, "training.max_steps=1").record["status"] == "complete"
+
+
+def test_a_signal_while_the_program_is_loaded_is_heard(toy, start):
+    process = start(toy())
+    pid = process.process.pid
+    heard = 1 << (signal.SIGUSR1 - 1)
+    status = Path(f"/proc/{pid}/status")
+    process.wait_for(lambda: int(status.read_text().partition("SigCgt:")[2].split()[0], 16) & heard)
+    assert process.signal(signal.SIGUSR1) == 130
+    assert process.log.read_text().splitlines() == [f"{process.run.path}: stopped before training; the same command goes on"]
+    assert [path.name for path in process.run.path.iterdir()] == [stops.INTERRUPTED]
+
+
+def everyone(process: Process) -> list[psutil.Process]:
+    launcher = psutil.Process(process.process.pid)
+    return [launcher, *launcher.children(recursive=True)]
+
+
+WAYS = {
+    "Ctrl-C in the terminal": lambda process: os.killpg(process.process.pid, signal.SIGINT),
+    "SIGUSR1 to the launcher": lambda process: process.process.send_signal(signal.SIGUSR1),
+    "SIGINT to every process": lambda process: [each.send_signal(signal.SIGINT) for each in everyone(process)],
+    "SIGTERM to every process": lambda process: [each.send_signal(signal.SIGTERM) for each in everyone(process)],
+}
 
 
 @pytest.mark.long
-def test_killed_while_it_saves_it_goes_on(toy, train, start, straight):
-    recipe = toy(training=LONG)
-    for step in range(10, 60, 10):
-        process = start(recipe)
-        folder = process.run.path / f"checkpoint-{step}"
-        process.wait_for(folder.exists)
-        process.signal(signal.SIGKILL)
-    check_as_if_nothing_had_happened(train(recipe), straight)
+@pytest.mark.parametrize("way", WAYS)
+def test_one_launched_process_asked_to_stop_is_all_of_them(toy, start, way):
+    """With a process that reads rows beside each, which launchers and schedulers signal, too."""
+    endless = {"num_train_epochs": 10_000, "save_strategy": "no", "eval_strategy": "no", "dataloader_num_workers": 1}
+    process = start(toy(training=endless), "--launch", "multi_cpu", "--num-processes", "2")
+    process.wait_for_step(3)
+    WAYS[way](process)
+    assert process.process.wait(timeout=60) == 130
+    record, run = process.run.record, process.run
+    step = published.step_of(run.last_checkpoint())
+    assert record["status"] == "interrupted"
+    assert record["reason"].startswith(f"stopped at step {step} of {record['max_steps']}, saved in ")
+    assert (run.path / stops.INTERRUPTED).exists()
+    said = process.log.read_text()
+    assert said.count(record["reason"]) == 1
+    assert "Traceback" not in said
+    assert "at once" not in record["reason"]
+
+
+@pytest.mark.long
+def test_a_launcher_that_is_killed_takes_its_processes_with_it(toy, start):
+    process = start(
+        toy(training={"num_train_epochs": 10_000, "save_strategy": "no", "eval_strategy": "no"}), "--launch", "multi_cpu"
+    )
+    process.wait_for_step(2)
+    launched = everyone(process)
+    process.signal(signal.SIGKILL)
+    assert psutil.wait_procs(launched, timeout=10)[1] == []
 
 
 def test_a_second_process_does_not_train_into_the_same_run(toy, train, start):

@@ -17,10 +17,11 @@ from scalepeft.cli import COMMANDS
 LAYERS = (
     ("errors", "upstream", "document", "console"),
     ("adapter_rules", "stream_rules", "check", "recipe"),
-    ("launch", "ranks", "run", "schema", "beside", "assets", "fetch", "cluster"),
+    ("stops", "published", "records", "launch", "ranks", "run", "schema", "beside", "assets", "fetch", "cluster"),
     (
-        "engines",
         "checkpoint",
+        "parts",
+        "engines",
         "sampler",
         "tables",
         "sources",
@@ -41,7 +42,7 @@ LAYERS = (
         "base",
         "folding",
     ),
-    ("tasks", "callbacks", "adalora", "trainer", "language", "kinds", "session"),
+    ("tasks", "callbacks", "adalora", "resume", "trainer", "language", "kinds", "session"),
     (
         "report",
         "panel",

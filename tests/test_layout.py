@@ -310,30 +310,6 @@ def test_what_zero_3_cannot_serve_is_refused_once_before_training(chat, command,
     assert not (recipe.parent / "run").exists()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("layout", ["2x8", "2x8 ZeRO-2", "2x8 ZeRO-3"])
-def test_processes_go_on_where_they_broke_off(layout, tmp_path, tiny_model):
-    training = {**SHORT, **LAYOUTS[layout].training, "save_strategy": "steps", "save_steps": 5}
-    folders = [tmp_path / name for name in ("straight", "broken")]
-    for folder in folders:
-        folder.mkdir()
-    straight, broken = (write_toy(folder, tiny_model, training=training) for folder in folders)
-    launched([straight], LAYOUTS[layout].file)
-    shutil.copytree(folders[0] / "run", folders[1] / "run")
-    again = Run(folders[1] / "run")
-    for left in ("adapter", "checkpoint-10"):  # as if it had died in step 8
-        shutil.rmtree(again.path / left)
-    (again.path / "verification.safetensors").unlink()
-    resolved = (again.path / "resolved.yaml").read_text().replace(str(folders[0]), str(folders[1]))
-    (again.path / "resolved.yaml").write_text(resolved)
-    again.update(status="running")
-    launched([broken], LAYOUTS[layout].file)
-    whole = Run(folders[0] / "run")
-    assert again.record["step"] == whole.record["step"] == 10
-    assert torch.equal(figures(again, "loss", "grad_norm"), figures(whole, "loss", "grad_norm"))
-    assert torch.equal(weights(again), weights(whole))
-
-
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_accumulation_changes_no_number(toy, train, strategy):
     changes = {"model": {"config": STILL}, "adapter": {"lora_dropout": 0.0}}

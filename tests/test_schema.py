@@ -9,7 +9,7 @@ import json
 import pytest
 from jsonschema import Draft7Validator
 
-from scalepeft import check, document, recipe, run, schema, upstream
+from scalepeft import check, document, recipe, records, run, schema, upstream
 
 SCHEMA = schema.recipe()
 VALIDATOR = Draft7Validator(SCHEMA)
@@ -115,10 +115,10 @@ def test_defaults_are_valid_themselves():
 def test_run_directories_are_described():
     files = Draft7Validator(schema.run())
     definitions = schema.run()["definitions"]
-    for kind in (run.RunRecord, run.MetricsLine):
+    for kind in (records.RunRecord, records.MetricsLine):
         assert set(definitions[kind.__name__]["properties"]) == {field.name for field in dataclasses.fields(kind)}
         assert all(entry.get("description") for entry in definitions[kind.__name__]["properties"].values())
-    record = run.RunRecord(status="running", name="x", command=["scalepeft"], started=run.now(), versions=run.versions())
+    record = records.RunRecord(status="running", name="x", command=["scalepeft"], started=run.now(), versions=run.versions())
     before = {"step": 0, "epoch": 0.0, "eval_loss": 1.5, "eval_accuracy": 0.5, "eval_other_loss": 1.0}
     lines = [before, {"step": 1, "epoch": 0.5, "loss": 2.0}]
     good = {"run.json": json.loads(json.dumps(dataclasses.asdict(record))), "metrics.jsonl": lines}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-from collections.abc import Callable
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +11,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scalepeft.console import note
+from scalepeft.errors import Interrupted
 from scalepeft.run import Run
 from scalepeft.sampler import StepBatches
+from scalepeft.stops import Stop, StopFile
 
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 """Endings of what upstream measures beside the metrics of an evaluation."""
@@ -98,46 +97,55 @@ _SHOWN = ("loss", "learning_rate", "grad_norm")
 
 
 class StopRequest(TrainerCallback):  # type: ignore[misc]
-    """Ctrl-C or SIGTERM: finish the step, save, leave. A second Ctrl-C leaves at once.
+    """Heeds a request to stop: after a step, after a checkpoint, or between the batches of an evaluation.
 
-    All processes stop at the same step: the request is reduced over them after each.
+    All processes stop at the same place: whether any of them was asked is reduced over them each time.
     """
 
-    def __init__(self, at_once: Callable[[], None]) -> None:
-        """`at_once` is called before leaving at once, to record that."""
-        self.requested = self.stopped = False
-        self.interrupts = 0
-        self.at_once = at_once
+    def __init__(self, stop: Stop, run: Path) -> None:
+        self.stop, self.run, self.file = stop, run, StopFile(run)
+        self.stopped = False
 
-    def __enter__(self) -> None:
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        if number != signal.SIGINT:
-            return
-        self.interrupts += 1
-        if self.interrupts > 1:
-            self.at_once()
-            os._exit(130)
-        note("\nfinishing this step, then saving; Ctrl-C again leaves at once")
+    def _asked(self, args: TrainingArguments) -> bool:
+        if self.stopped:
+            return True
+        first = args.process_index == 0
+        asked = self.stop.requested or (first and self.file.there())
+        if args.world_size > 1:
+            flag = torch.tensor(int(asked), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            asked = bool(flag.item())
+        if asked:
+            self.stopped = self.stop.requested = True
+            if first:
+                self.file.heeded()
+        return asked
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop all processes after this step when any of them was asked to."""
-        requested = self.requested
-        if args.world_size > 1:
-            flag = torch.tensor(int(requested), device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            requested = bool(flag.item())
-        if requested and state.global_step < state.max_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+        """Leave the loop; what was trained is logged, and saved at its end."""
+        if self._asked(args):
+            control.should_training_stop = True
+            control.should_save = control.should_evaluate = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave after a checkpoint: another step would have to be saved again."""
+        if self._asked(args):
+            control.should_training_stop = True
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave an evaluation, which may take longer than a scheduler waits: it is done again when the run goes on."""
+        if self._asked(args):
+            raise Interrupted(self.told(state))
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """An epoch that was broken off is not evaluated, logged or saved a second time."""
+        """An epoch that was broken off is not logged; one that was not is, and evaluated when the run goes on."""
         if self.stopped:
-            control.should_save = control.should_evaluate = control.should_log = False
+            control.should_save = control.should_evaluate = False
+            control.should_log = control.should_log and float(state.epoch or 0).is_integer()
+
+    def told(self, state: TrainerState) -> str:
+        """Where the run stopped and how it goes on."""
+        if not state.global_step:
+            return f"{self.run}: stopped before the first step; the same command begins anew"
+        saved = self.run / f"checkpoint-{state.global_step}"
+        return f"stopped at step {state.global_step} of {state.max_steps}, saved in {saved}; the same command resumes"

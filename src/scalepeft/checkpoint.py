@@ -1,4 +1,4 @@
-"""Training state without pickles: nested values as one safetensors file, and the publishing of a checkpoint."""
+"""Training state without pickles: nested values as one safetensors file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-
-from scalepeft.run import PUBLISHED, write
 
 
 def save_state(state: object, path: Path) -> None:
@@ -26,12 +24,6 @@ def load_state(path: Path) -> Any:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict: it has only keys()
         return _unpack(json.loads(file.metadata()["state"]), tensors)
-
-
-def publish(checkpoint: Path, step: int) -> None:
-    """Declare a checkpoint complete: written last, so that one torn by a crash does not exist for resuming."""
-    files = {p.relative_to(checkpoint).as_posix(): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
-    write(checkpoint / PUBLISHED, json.dumps({"step": step, "files": files}, indent=2) + "\n")
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

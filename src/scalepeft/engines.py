@@ -9,14 +9,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
 
-from scalepeft import ranks
+from scalepeft import parts, ranks
 from scalepeft.errors import UserError, one_line
 from scalepeft.launch import on_cpu
 from scalepeft.recipe import Recipe
@@ -24,8 +24,9 @@ from scalepeft.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-_STALE = 600
-"""Seconds after which torch's lock of an extension is that of a process that died: a build takes one or two minutes."""
+_STALE = {True: 20.0, False: 600.0}
+"""Seconds after which torch's lock of an extension, built or not, is that of a process that died: a build takes one or two
+minutes, and to find that nothing is to be built takes one or two seconds."""
 
 
 def asked() -> str:
@@ -51,6 +52,7 @@ def make_ready() -> None:
             import deepspeed  # noqa: F401
         except ImportError as error:
             raise UserError(f"DeepSpeed cannot be imported: {one_line(error)}; pip install deepspeed") from error
+        parts.deepspeed_without_pickles()
         for builder in _builders():
             _compile(builder)
         # it says of every process, among the lines of the run, that an extension was loaded
@@ -109,13 +111,31 @@ _BY_ELEMENT_OF_BITSANDBYTES = (
 all parameters and gives each process a part of it."""
 
 
-def refuse(recipe: Recipe, args: TrainingArguments) -> None:
-    """Raise UserError for what the engine that was asked for would train otherwise than one process, or not at all."""
-    engine, optim = asked(), str(getattr(args.optim, "value", args.optim))
+DIVIDE = ("ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
+"""Engines that divide at least the optimizer's states among the processes."""
+
+
+def layout(args: TrainingArguments) -> dict[str, Any]:
+    """What must be known of a layout to read what its processes saved: how many there are, the engine, whether it offloads."""
+    engine = asked()
     stage = args.deepspeed_plugin.zero_stage if engine == "DEEPSPEED" else 0
     offloads = engine == "DEEPSPEED" and args.deepspeed_plugin.offload_optimizer_device not in (None, "none")
-    name = {"DEEPSPEED": f"ZeRO-{stage}", "FSDP": "FSDP2"}.get(engine)
-    if name is None:
+    name = {"DEEPSPEED": f"ZeRO-{stage}", "FSDP": "FSDP2"}.get(engine, "DDP" if args.world_size > 1 else "no engine")
+    return {"processes": args.world_size, "engine": name, "offloads": offloads}
+
+
+def shown(of: Mapping[str, Any]) -> str:
+    """A layout in words."""
+    processes = f"{of['processes']} process{'es' if of['processes'] > 1 else ''}"
+    engine = "" if of["engine"] == "no engine" else f" of {of['engine']}{' with offload' if of['offloads'] else ''}"
+    return processes + engine
+
+
+def refuse(recipe: Recipe, args: TrainingArguments) -> None:
+    """Raise UserError for what the engine that was asked for would train otherwise than one process, or not at all."""
+    engine, optim, found = asked(), str(getattr(args.optim, "value", args.optim)), layout(args)
+    name, offloads = found["engine"], found["offloads"]
+    if name not in DIVIDE:
         return
     adapter = recipe.adapter or {}
     kind = adapter.get("peft_type")
@@ -170,11 +190,12 @@ def _compile(builder: Any) -> None:
         os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
     folder = Path(_get_build_directory(builder.name, verbose=False))
     with FileLock(folder.with_name(f".{builder.name}.scalepeft.lock")):
+        built = (folder / f"{builder.name}.so").is_file()
         baton = folder / "lock"  # torch's own: left behind by a process that was killed, it is waited for without end
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - baton.stat().st_mtime > _STALE:
-                baton.unlink()
-        built = (folder / f"{builder.name}.so").is_file()
+            while time.time() - baton.stat().st_mtime < _STALE[built]:
+                time.sleep(0.1)
+            baton.unlink()
         started = time.monotonic()
         if not built:
             _tell(f"DeepSpeed's {builder.name} is compiled, once on this machine; that takes a minute or two ...")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import logging
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ import yaml
 
 from scalepeft.console import note, quiet_upstream
 from scalepeft.errors import UserError, did_you_mean, one_line
+from scalepeft.stops import SIGNALS, Stop
 
 _OF_OTHER_LAUNCHERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables by which torchrun, accelerate or mpirun tell a process how many there are."""
@@ -135,10 +139,12 @@ def line(
     return Line(environment=environment, arguments=[*options, "-m", module, *arguments])
 
 
-def start(launched: Line) -> int:
+def start(launched: Line, stop: Stop) -> int:
     """Run a line in this process, as `accelerate launch` does, and return the exit status of the process that failed first.
 
-    What the launched processes say they have said themselves: only one that was killed is told of here.
+    What the launched processes say they have said themselves: only one that was killed is told of here. Signals are passed on
+    to them, once each, and they leave when they have saved: torch's launcher would kill them after 30 seconds, and itself
+    end of SIGUSR1.
     """
     quiet_upstream()
     os.environ |= launched.environment
@@ -151,21 +157,54 @@ def start(launched: Line) -> int:
 
     # of each process that ends otherwise than with 0: its command, its status, a traceback of the launcher
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    options = launch_command_parser().parse_args(list(launched.arguments))
+    options.signals_to_handle = "SIGHUP,SIGQUIT"
     try:
-        launch_command(launch_command_parser().parse_args(list(launched.arguments)))
+        with stop.passed_on(_pass_on):
+            launch_command(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
             return int(failure.exitcode)
+        if stop.requested and -failure.exitcode in SIGNALS:  # it came before that process could hear it
+            raise KeyboardInterrupt from None
         name = signal.Signals(-failure.exitcode).name
         hint = "; the system does so when memory runs out" if name == "SIGKILL" else ""
         note(f"process {rank} (pid {failure.pid}) was ended by {name}{hint}")
         return 1
     except SignalException as error:
-        return 130 if error.sigval == signal.SIGINT else 128 + int(error.sigval)
+        return 128 + int(error.sigval)
     except (ValueError, ConnectionError) as error:
         raise UserError(f"accelerate launch: {one_line(error)}") from error
     return 0
+
+
+def _pass_on(number: int) -> None:
+    """Send a signal to the launched processes, each of which leads a session of its own; without any, there is nothing yet."""
+    import psutil
+
+    launched = [child for child in psutil.Process().children() if os.getsid(child.pid) == child.pid]
+    if not launched:
+        raise KeyboardInterrupt
+    for process in launched:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def end_with_the_launcher() -> None:
+    """Let a launched process be killed when its launcher is: on its own it would hold its device and the run's lock.
+
+    Linux tells of a parent's end by a signal of the child's choice (prctl(2), PR_SET_PDEATHSIG).
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it ended meanwhile
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 def asked() -> Layout | None:

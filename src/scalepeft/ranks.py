@@ -48,10 +48,12 @@ def agree(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     store, meeting = _store(), next(_meetings)
     keys = [f"facts/{meeting}/{number}" for number in range(processes())]
     store.set(keys[rank()], json.dumps(own | {"_host": socket.gethostname()}))
+    pause = _POLL / 100
     while not store.check(keys):  # not `wait`: another process may prepare rows for an hour, or have failed
         if store.check(["failed"]):
             raise Told(_status(store))
-        time.sleep(_POLL)
+        time.sleep(pause)
+        pause = min(2 * pause, _POLL)
     found: list[dict[str, Any]] = [json.loads(store.get(key)) for key in keys]
     problems = [
         f"process {number} ({there['_host']}) sees another {name} than process 0 ({found[0]['_host']}): "
@@ -114,6 +116,16 @@ def _shown(error: Exception) -> str:
     if "gloo/transport" in str(error) or type(error).__name__ in ("DistNetworkError", "DistStoreError", "DistBackendError"):
         return f"{where}another process of the launch is gone; the launcher tells which"
     return f"{where}{''.join(traceback.format_exception(error)).rstrip()}"
+
+
+def failed() -> bool:
+    """Whether a process of the launch has failed, this one or another, or the launcher, which knows, is gone."""
+    if processes() == 1:
+        return False
+    try:
+        return bool(_store().check(["failed"]))
+    except RuntimeError:  # torch's errors of the store
+        return True
 
 
 def _wait(store: Any, key: str, seconds: float) -> None:

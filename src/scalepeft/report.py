@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalepeft.console import table
-from scalepeft.run import Run, SetMetrics
+from scalepeft.records import SetMetrics
+from scalepeft.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,163 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
+from scalepeft import published, stops, upstream
 from scalepeft import recipe as recipes
-from scalepeft import upstream
+from scalepeft.console import note
 from scalepeft.errors import UserError
 from scalepeft.recipe import Recipe
+from scalepeft.records import RunRecord
 
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
 RECIPE = "recipe.yaml"
 RESOLVED = "resolved.yaml"
 VERIFICATION = "verification.safetensors"
-PUBLISHED = "checkpoint.json"
 LOCK = ".lock"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parameters:
-    """The size of the model."""
-
-    trainable: int
-    """Parameters that are trained."""
-    total: int
-    """All parameters, those of the adapter included."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SetMetrics:
-    """What was measured on one evaluation set: of classes, or of numbers (regression)."""
-
-    accuracy: float | None = None
-    """Share of rows whose label was predicted."""
-    f1_macro: float | None = None
-    """F1, the mean over the classes."""
-    f1_weighted: float | None = None
-    """F1, the mean over the rows."""
-    precision_macro: float | None = None
-    """Precision, the mean over the classes."""
-    precision_weighted: float | None = None
-    """Precision, the mean over the rows."""
-    recall_macro: float | None = None
-    """Recall, the mean over the classes."""
-    recall_weighted: float | None = None
-    """Recall, the mean over the rows (equal to accuracy)."""
-    matthews_correlation: float | None = None
-    """Matthews' correlation of truth and prediction."""
-    pearson: float | None = None
-    """Regression: Pearson's correlation of truth and prediction."""
-    spearman: float | None = None
-    """Regression: Spearman's correlation of truth and prediction."""
-    perplexity: float | None = None
-    """causal-lm: e to the power of the loss."""
-    mean_token_accuracy: float | None = None
-    """causal-lm: share of the tokens in the loss that were the likeliest."""
-    rewards_accuracies: float | None = None
-    """preference: share of pairs whose chosen answer has the higher reward."""
-    rewards_margins: float | None = None
-    """preference: mean reward of the chosen answers less that of the rejected ones."""
-    rewards_chosen: float | None = None
-    """preference: mean reward of the chosen answers, beta times the log-ratio to the reference model."""
-    rewards_rejected: float | None = None
-    """preference: mean reward of the rejected answers."""
-    loss: float
-    """Mean cross-entropy in nats, of rows or (causal-lm) tokens in the loss, without label smoothing; regression: mean squared
-    error; preference: mean -log sigmoid of the reward margin, which is DPO's loss, whatever loss_type trains."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metrics:
-    """The main evaluation set, before and after training."""
-
-    before: SetMetrics | None = None
-    """Before training, when training.eval_on_start asks for it."""
-    after: SetMetrics | None = None
-    """After training, with the weights that were saved."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """run.json: written at the start with status `running`, replaced atomically; only `complete` counts."""
-
-    status: Literal["running", "complete", "failed", "interrupted"]
-    """complete: trained, saved, reloaded in a fresh process and found the same."""
-    reason: str | None = None
-    """Why the run failed or was interrupted, and what to do."""
-    name: str
-    """The recipe's name."""
-    command: list[str]
-    """The command line of rank 0."""
-    started: str
-    """When the run was created, ISO 8601 with time zone."""
-    ended: str | None = None
-    """When the status last left `running`."""
-    versions: dict[str, str]
-    """Python, platform and the packages that shape the result."""
-    commit: str | None = None
-    """The git commit of the working directory, with `-dirty` when files differ from it."""
-    revisions: dict[str, str] = field(default_factory=dict)
-    """The model's and each data source's commit or content hash."""
-    layout: dict[str, Any] = field(default_factory=dict)
-    """Processes, batch per device, accumulation, global batch, engine, device and precision."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """Rows of each set, what was dropped and why, and the keys of the prepared rows."""
-    labels: list[str] = field(default_factory=list)
-    """The names of labels 0, 1, ..."""
-    parameters: Parameters | None = None
-    """Trainable and total parameters."""
-    step: int = 0
-    """Optimizer steps done."""
-    max_steps: int | None = None
-    """Optimizer steps of the whole run."""
-    metrics: Metrics = field(default_factory=Metrics)
-    """The main evaluation set's metrics."""
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    """Every named set's metrics before and after, with the per-class table and the confusion matrix (rows: truth)."""
-    best: dict[str, Any] | None = None
-    """Step, metric and value of the best checkpoint, when one is tracked."""
-    ranks: dict[str, Any] | None = None
-    """AdaLoRA: the initial and the final rank of each adapted module."""
-    seconds: float = 0.0
-    """Seconds of training over all sessions of the run, evaluations included, loading and preparing not."""
-    samples_per_second: float | None = None
-    """Training rows per second over the same time."""
-    peak_memory_bytes: int | None = None
-    """Peak of the device allocator of rank 0 on an accelerator, of its resident memory on a CPU."""
-    sample: dict[str, str] | None = None
-    """Language models: a prompt of the main evaluation set, the answer expected, and those of base and trained model."""
-    verification: dict[str, Any] | None = None
-    """How the saved weights were reloaded and compared: method, rows, largest difference, tolerance."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricsLine:
-    """One line of metrics.jsonl: what was measured at one step."""
-
-    step: int
-    """Optimizer step, from 1; 0 is before training."""
-    epoch: float
-    """Passes over the training rows so far."""
-    loss: float | None = None
-    """Mean training loss since the previous line that has one."""
-    grad_norm: float | None = None
-    """Norm of the gradient before clipping, at this step."""
-    learning_rate: float | None = None
-    """Learning rate of this step."""
-    eval_loss: float | None = None
-    """Loss on the main evaluation set; other eval_* are its other metrics, eval_NAME_* those of the set NAME."""
+_NO_RUN = (LOCK, stops.STOP, stops.INTERRUPTED)
+"""What may stand in a directory before the run is made."""
 
 
 _OBSERVES = (
@@ -179,6 +53,8 @@ _OBSERVES = (
 )
 """Beginnings of training keys that change what is seen of a run, not the run."""
 _LENGTHENS = ("training.num_train_epochs", "training.max_steps")
+_DIVIDES = ("global_batch_size", "training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+"""Keys that say how a step is divided. They may change with the layout while the rows of a step stay as many."""
 _PACKAGES = (
     "scalepeft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "evaluate", "tokenizers", "safetensors",
     "bitsandbytes", "deepspeed", "numpy", "scikit-learn",
@@ -243,18 +119,31 @@ class Run:
         return recipes.load(self.path / RESOLVED, overrides)
 
     def last_checkpoint(self) -> Path | None:
-        """The published checkpoint with the highest step; one that was not published does not exist."""
-        found = [p for p in self.path.glob("checkpoint-*") if (p / PUBLISHED).is_file()]
-        return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+        """The checkpoint with the highest step whose files have the sizes they were published with."""
+        return next((p for p in reversed(published.named(self.path)) if published.flaw(p) is None), None)
 
-    def unpublished(self) -> list[Path]:
-        """What a crash left of checkpoints: their files would mix with those of the next one at that step."""
-        return [p for p in self.path.glob("checkpoint-*") if not (p / PUBLISHED).is_file()]
-
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl beyond a step: they will be measured again."""
-        kept = [line for line in self.lines() if line["step"] <= step]
+    def rewind(self, checkpoint: Path | None) -> None:
+        """Cut metrics.jsonl to what it held when a checkpoint was published: the rest will be measured again."""
+        if checkpoint is not None:
+            known = published.manifest(checkpoint)["metrics"]
+            os.truncate(self.path / METRICS, min(known, (self.path / METRICS).stat().st_size))
+            return
+        kept = [line for line in self.lines() if line["step"] == 0 and self.record["evaluation"]]  # not measured again
         write(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def begin(self) -> None:
+        """Take away what an earlier session left for this one to stumble on: its marker, and a request it did not see.
+
+        Not from under another process that trains there: the request may be for that.
+        """
+        left = [path for path in (self.path / stops.STOP, self.path / stops.INTERRUPTED) if path.exists()]
+        if not left:
+            return
+        with contextlib.suppress(Timeout), FileLock(self.path / LOCK, timeout=0):
+            for path in left:
+                path.unlink(missing_ok=True)
+            if left[0].name == stops.STOP:
+                note(f"{left[0]}: of an earlier session; removed")
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line torn by a crash is left out."""
@@ -268,6 +157,17 @@ class Run:
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def flushed(self, name: str) -> int:
+        """The size in bytes of a file of the run, once that much is on the disk."""
+        with (self.path / name).open("rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+
+    def interrupt(self, reason: str) -> None:
+        """Record that the run left on request, with the marker by which scripts tell it from one that failed."""
+        self.end("interrupted", reason)
+        stops.mark(self.path)
+
     def move_aside(self) -> Path:
         """Rename the directory to the first free NAME.1, NAME.2, ... and return that."""
         number = 1
@@ -277,11 +177,13 @@ class Run:
         return aside
 
 
-def inspect(recipe: Recipe, *, fresh: bool = False) -> Literal["new", "unfinished", "trained", "complete"]:
+def inspect(
+    recipe: Recipe, *, fresh: bool = False, processes: int | None = None
+) -> Literal["new", "unfinished", "trained", "complete"]:
     """What is at the recipe's output directory; reads only. `trained` lacks only the verification.
 
     A run that is to be moved aside (`fresh`) counts as new. Raises UserError when it is not a run, or, unless `fresh`, a run
-    of another recipe.
+    of another recipe or, when the number of `processes` is known, one whose steps are of another number of rows.
     """
     run = Run(recipe.output_dir)
     if run.path.exists() and not run.path.is_dir():
@@ -289,20 +191,29 @@ def inspect(recipe: Recipe, *, fresh: bool = False) -> Literal["new", "unfinishe
     parent = next(p for p in (run.path, *run.path.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
         raise recipe.error("training.output_dir", f"{parent} cannot be written")
-    if not run.path.exists() or not any(p for p in run.path.iterdir() if p.name != LOCK):
+    if not run.path.exists() or not any(p for p in run.path.iterdir() if p.name not in _NO_RUN):
         return "new"
     if not (run.path / RECORD).is_file():
         raise recipe.error("training.output_dir", f"{run.path} exists and is not a run (no {RECORD}); choose another directory")
     if fresh:
         return "new"
-    status = run.record.get("status")  # a damaged record is told before anything else
+    record = run.record  # a damaged one is told before anything else
+    status = record.get("status")
     differences = _differences(run, recipe)
-    refused = {k: pair for k, pair in differences.items() if not _may_change(recipe, k, *pair)}
+    lengthened = any(k in _LENGTHENS for k in differences)
+    goes_on = lengthened or not (status == "complete" or (run.path / VERIFICATION).is_file())
+    hint = "give another training.output_dir, or move it aside with --fresh"
+    refused = {
+        k: pair for k, pair in differences.items() if not _may_change(recipe, k, *pair) and not (goes_on and k in _DIVIDES)
+    }
     if refused:
         told = "; ".join(f"{k}: {was!r} -> {now!r}" for k, (was, now) in refused.items())
-        hint = "give another training.output_dir, or move it aside with --fresh"
         raise UserError(f"{run.path}: holds a run of another recipe ({told}); {hint}")
-    if any(k in _LENGTHENS for k in differences):
+    was, rows = record.get("layout", {}).get("global_batch_size"), _rows_per_step(recipe, processes)
+    if goes_on and was and rows and was != rows:
+        told = f"its steps are of {was} rows, those of this launch would be of {rows}"
+        raise UserError(f"{run.path}: {told}; keep them at {was} by global_batch_size, or {hint}")
+    if lengthened:
         if run.last_checkpoint() is None:
             raise UserError(
                 f"{run.path}: holds no checkpoint to lengthen the run from; move it aside with --fresh to train anew"
@@ -311,6 +222,23 @@ def inspect(recipe: Recipe, *, fresh: bool = False) -> Literal["new", "unfinishe
     if status == "complete":
         return "complete"
     return "trained" if (run.path / VERIFICATION).is_file() else "unfinished"
+
+
+def _rows_per_step(recipe: Recipe, processes: int | None) -> int | None:
+    if recipe.global_batch_size is not None or processes is None:
+        return recipe.global_batch_size
+    fields = upstream.fields(upstream.TASK_ARGUMENTS[recipe.task])
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    batch, accumulation = (int(recipe.training.get(name, fields[name].default)) for name in names)
+    return batch * accumulation * processes
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """The sha256 of what may not change of a recipe while a run of it goes on."""
+    free = tuple(f"training.{name}" for name in ("output_dir", *_OBSERVES))
+    values = recipes.flatten(recipe.resolved()).items()
+    fixed = {k: v for k, v in values if k not in (*_LENGTHENS, *_DIVIDES) and not k.startswith(free)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _differences(run: Run, recipe: Recipe) -> dict[str, tuple[Any, Any]]:

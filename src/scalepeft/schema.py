@@ -76,8 +76,8 @@ def recipe() -> Schema:
 def run() -> Schema:
     """The schema of a run directory's files: its properties are file names, a file of lines is an array."""
     definitions: Schema = {}
-    record = _reference("scalepeft.run:RunRecord", definitions)
-    line = _reference("scalepeft.run:MetricsLine", definitions)
+    record = _reference("scalepeft.records:RunRecord", definitions)
+    line = _reference("scalepeft.records:MetricsLine", definitions)
     definitions["MetricsLine"]["additionalProperties"] = {"type": ["number", "string", "null"]}  # eval_* of each set
     files = {
         "run.json": {**record, "description": "What was run and what came of it."},

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
+from scalepeft import engines, published, ranks, stops
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.callbacks import MetricsLog, StopRequest
-from scalepeft.console import say
+from scalepeft.console import note, say
 from scalepeft.data import Corpus
 from scalepeft.errors import Interrupted, UserError, disk_full, one_line
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
+from scalepeft.stops import Stop
 from scalepeft.trainer import RecipeTraining
 
 
 @contextlib.contextmanager
-def session(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining, *, fresh: bool) -> Iterator[Path | None]:
+def session(
+    recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining, stop: Stop, *, fresh: bool
+) -> Iterator[Path | None]:
     """Open the run directory, yield the checkpoint to resume from, and record how the session ends.
 
     The directory is made here, after all that could have been wrong with the recipe, and held by a lock until the end.
@@ -31,32 +36,36 @@ def session(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining, *
     """
     first = trainer.args.process_index == 0
     lock = FileLock(run.path / runs.LOCK)
-    new = False
+    new, chosen = False, None
+    stop.remember((lambda: run.interrupt("stopped at once; the same command resumes")) if first else lambda: None)
+    trainer.facts = {
+        "layout": {**engines.layout(trainer.args), "global_batch_size": trainer.step_batches().global_batch},
+        "recipe": runs.fingerprint(recipe),
+        "data": {name: prepared.key for name, prepared in corpus.sets.items()},
+    }
     if first:
         _claim(recipe, run, lock, fresh=fresh)
         new = not run.record
         try:
-            _open(recipe, run, corpus)
+            chosen = _open(recipe, run, corpus, trainer.facts)
         except (OSError, UserError) as error:
             if new:
                 shutil.rmtree(run.path, ignore_errors=True)
             lock.release()
             raise _mendable(run, error) or error from None
         trainer.add_callback(MetricsLog(run, trainer.step_batches()))
-    trainer.accelerator.wait_for_everyone()
-
-    def leave_at_once() -> None:
-        if first:
-            run.end("interrupted", "stopped at once; the same command resumes")
-
-    stop = StopRequest(leave_at_once)
-    trainer.add_callback(stop)
+    trainer.stop_request = StopRequest(stop, run.path)
+    trainer.add_callback(trainer.stop_request)
     try:
-        with stop:
-            yield run.last_checkpoint()
+        opened = ranks.agree({"_checkpoint": str(chosen) if chosen else None, "_stop": stop.requested})
+        _leave(run, opened, "stopped before training; the same command goes on")
+        checkpoint = opened[0]["_checkpoint"]
+        yield Path(checkpoint) if checkpoint else None
+        _leave(run, ranks.agree({"_stop": stop.requested}), "trained and saved, not verified; the same command does that")
     except Interrupted as error:
         if first:
-            run.end("interrupted", str(error))
+            run.interrupt(str(error))
+        ranks.agree({})  # the launcher ends all processes when one leaves
         raise
     except Exception as error:
         mendable = error if isinstance(error, UserError) else _mendable(run, error)
@@ -70,6 +79,12 @@ def session(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining, *
         raise
     finally:
         lock.release()
+
+
+def _leave(run: Run, facts: Sequence[Mapping[str, Any]], told: str) -> None:
+    """Raise Interrupted, on every process, when one of them was asked to stop."""
+    if any(of["_stop"] for of in facts):
+        raise Interrupted(f"{run.path}: {told}")
 
 
 def _claim(recipe: Recipe, run: Run, lock: FileLock, *, fresh: bool) -> None:
@@ -87,19 +102,21 @@ def _claim(recipe: Recipe, run: Run, lock: FileLock, *, fresh: bool) -> None:
         raise recipe.error("training.output_dir", f"{run.path} cannot be written: {error.strerror}") from None
 
 
-def _open(recipe: Recipe, run: Run, corpus: Corpus) -> None:
-    keys = {name: prepared.key for name, prepared in corpus.sets.items()}
+def _open(recipe: Recipe, run: Run, corpus: Corpus, facts: Mapping[str, Any]) -> Path | None:
+    """Make the run's record, or take the run up at the checkpoint that is returned."""
+    keys = facts["data"]
     if not run.record:
         run.create(recipe)
     elif run.record["data"] and run.record["data"]["keys"] != keys:
         changed = [name for name in keys if keys[name] != run.record["data"]["keys"].get(name)]
         told = f"the rows of {', '.join(changed)} are no longer those the run was started with"
         raise UserError(f"{run.path}: {told}; restore them, or train anew with --fresh")
-    for torn in run.unpublished():
+    checkpoint = _choose(run, facts)
+    for torn in published.leftovers(run.path):
         shutil.rmtree(torn)
     (run.path / runs.VERIFICATION).unlink(missing_ok=True)
-    checkpoint = run.last_checkpoint()
-    run.forget_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    (run.path / stops.INTERRUPTED).unlink(missing_ok=True)
+    run.rewind(checkpoint)
     runs.write(run.path / runs.RESOLVED, recipes.dump(recipe.resolved()))
     run.update(
         status="running",
@@ -116,6 +133,51 @@ def _open(recipe: Recipe, run: Run, corpus: Corpus) -> None:
             "augmented": {name: prepared.augmented for name, prepared in corpus.sets.items() if prepared.augmented},
         },
     )
+    return checkpoint
+
+
+def _choose(run: Run, facts: Mapping[str, Any]) -> Path | None:
+    """The last checkpoint that is whole, after those behind it were set aside; None when there was none at all.
+
+    Raises UserError when none of them is whole, or when the last one is not to be resumed from here.
+    """
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(published.named(run.path)):
+        flaw = published.flaw(checkpoint, contents=True)
+        if flaw is None:
+            _compare(checkpoint, facts)
+            break
+        damaged[checkpoint] = flaw
+    else:
+        if damaged:
+            told = "; ".join(f"{path.name}: {flaw}" for path, flaw in damaged.items())
+            raise UserError(f"{run.path}: no checkpoint is whole ({told}); restore one, or train anew with --fresh")
+        return None
+    for path, flaw in damaged.items():
+        note(f"{path}: {flaw}; resuming from {checkpoint.name} in its place")
+        published.retire(path)
+    return checkpoint
+
+
+def _compare(checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    """Say what differs between a checkpoint and this launch. Raises UserError for what cannot be gone on with."""
+    was = published.manifest(checkpoint)
+    if was["recipe"] != facts["recipe"] or was["data"] != facts["data"]:
+        what = "another recipe" if was["recipe"] != facts["recipe"] else "other rows"
+        raise UserError(f"{checkpoint}: was saved with {what} than this run's; take it away, or train with --fresh")
+    before, now = was["layout"], facts["layout"]
+    if before["global_batch_size"] != now["global_batch_size"]:
+        told = f"its steps are of {before['global_batch_size']} rows, and would be of {now['global_batch_size']}"
+        raise UserError(f"{checkpoint}: {told}; set global_batch_size, or train anew with --fresh")
+    if before != now:
+        told = f"was saved by {engines.shown(before)}, and this is {engines.shown(now)}"
+        if any(of["engine"] in engines.DIVIDE for of in (before, now)):
+            hint = "resume on the same, or train anew with --fresh"
+            raise UserError(f"{checkpoint}: {told}: optimizer states that are divided fit no other layout; {hint}")
+        note(f"{checkpoint}: {told}: the rows of each step stay, random masks differ")
+    for package, version in runs.packages().items():
+        if (old := was["versions"].get(package)) != version:
+            note(f"{checkpoint}: was saved with {package} {old}, and this is {version}: figures may differ by rounding")
 
 
 def _mendable(run: Run, error: Exception) -> UserError | None:
@@ -123,7 +185,7 @@ def _mendable(run: Run, error: Exception) -> UserError | None:
     checkpoint = run.last_checkpoint()
     kept = f"kept: {checkpoint}" if checkpoint else "nothing was saved yet"
     if disk_full(error):
-        for torn in run.unpublished():
+        for torn in published.leftovers(run.path):
             shutil.rmtree(torn, ignore_errors=True)
         return UserError(f"{run.path}: the disk is full; {kept}. Free space and give the same command again")
     if isinstance(error, torch.OutOfMemoryError):

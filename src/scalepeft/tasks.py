@@ -24,7 +24,7 @@ class Task(Protocol):
 
     tokenizer: PreTrainedTokenizerBase
     figures: tuple[str, ...]
-    """What `metrics` gives, as run.SetMetrics documents it."""
+    """What `metrics` gives, as records.SetMetrics documents it."""
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows as tensors, padded to the longest, with labels that are IGNORED where nothing counts."""

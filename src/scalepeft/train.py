@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scalepeft import launch, push, ranks, upstream
+from scalepeft import launch, push, ranks, stops, upstream
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.console import note, quiet_upstream, say, speaks
-from scalepeft.errors import Interrupted, did_you_mean, one_line, program
+from scalepeft.errors import Interrupted, ScalepeftError, did_you_mean, one_line, program
 from scalepeft.fetch import asset_path, is_local, missing_inputs, offline_if_unreachable
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
@@ -43,30 +43,65 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--fresh", action="store_true", help="move an existing run directory aside and start anew")
     launch.add_options(parser)
     options = parser.parse_intermixed_args(arguments)
-    with ranks.one_voice():
+    launch.end_with_the_launcher()
+    with stops.Stop() as stop, ranks.one_voice():
         launch.heed_the_launcher()
         recipe = recipes.load(options.recipe, options.overrides)
         given = [options.recipe, *options.overrides, *(["--fresh"] if options.fresh else [])]
         line = launch.chosen_line(options, "scalepeft.train", given)
         if line is not None and runs.inspect(recipe, fresh=options.fresh) in ("new", "unfinished"):
-            return launch.start(line)
-        run = train(recipe, fresh=options.fresh)
-    if run.record.get("status") != "complete" and speaks():
-        _verify_in_place_of_this(run)
+            return _launched(line, Run(recipe.output_dir), stop)
+        run = train(recipe, fresh=options.fresh, stop=stop)
+        if run.record.get("status") != "complete" and speaks():
+            _verify_in_place_of_this(run, stop)
     if speaks() and recipe.training.get("push_to_hub"):
         push.in_place_of_this(run)
     return 0
 
 
-def train(recipe: Recipe, *, fresh: bool = False) -> Run:
+def _launched(line: launch.Line, run: Run, stop: stops.Stop) -> int:
+    run.begin()
+    os.environ[_BEGUN] = "1"
+    with _interruptible(run, stop):
+        return launch.start(line, stop)
+
+
+_BEGUN = "SCALEPEFT_SESSION_BEGUN"
+"""Set where the launcher has taken away what an earlier session left: what comes from then on is for this one."""
+
+
+def train(recipe: Recipe, *, fresh: bool = False, stop: stops.Stop | None = None) -> Run:
     """Train and save a recipe, or go on where an earlier run of it stopped; `scalepeft.verify` then completes the run.
 
     Called by every process of a launch. A run that is complete, or trained and only not yet verified, is returned as it
-    is. Raises UserError for what the user can mend and Interrupted when asked to stop: the same call then resumes.
+    is. Raises UserError for what the user can mend and Interrupted when asked to stop, by SIGINT, SIGTERM, SIGUSR1 or a file
+    STOP in the run directory: the same call then resumes. `stop` hears signals already.
     """
-    quiet_upstream()
     run = Run(recipe.output_dir)
-    state = runs.inspect(recipe, fresh=fresh)
+    with contextlib.nullcontext(stop) if stop else stops.Stop() as hearing, _interruptible(run, hearing):
+        return _train(recipe, run, hearing, fresh=fresh)
+
+
+@contextlib.contextmanager
+def _interruptible(run: Run, stop: stops.Stop) -> Iterator[None]:
+    """A signal before anything is trained is a stop like another: the marker is left, and the same command begins anew."""
+    try:
+        stop.interrupt()
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        # an error of another library may be what became of the interruption; one of ours is a finding of its own
+        if stop.remembers or isinstance(error, ScalepeftError) or not (stop.requested or isinstance(error, KeyboardInterrupt)):
+            raise
+        if not ranks.failed():  # else the launcher ends this process because of another
+            stops.mark(run.path)
+        raise Interrupted(f"{run.path}: stopped before training; the same command goes on") from error
+
+
+def _train(recipe: Recipe, run: Run, stop: stops.Stop, *, fresh: bool) -> Run:
+    quiet_upstream()
+    state = runs.inspect(recipe, fresh=fresh, processes=ranks.processes())
+    if speaks() and _BEGUN not in os.environ:
+        run.begin()
     ranks.agree({"run directory": state, "recipe": recipes.flatten(recipe.resolved()), "installation": runs.packages()})
     if state == "complete":
         say(f"{run.path}: is complete already; --fresh moves it aside and trains anew")
@@ -110,14 +145,17 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
         trainer = kinds.trainer(recipe, model=built, args=arguments, task=task, run=run, corpus=corpus)
         engines.check(recipe, trainer.accelerator.distributed_type.value)
         trainer.make_optimizer()
-    with session(recipe, run, corpus, trainer, fresh=fresh) as checkpoint:
+    with session(recipe, run, corpus, trainer, stop, fresh=fresh) as checkpoint:
         _record_start(recipe, run, corpus, trainer, parameters=parameters, seen=seen)
         if speaks():
             say(panel.start(recipe, run, corpus, trainer, new))
         started = time.monotonic()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Interrupted:
+            _record_training(run, corpus, trainer, time.monotonic() - started)
+            raise
         _record_training(run, corpus, trainer, time.monotonic() - started)
-        _stop_if_requested(run, trainer)
         _record_evaluation(run, trainer)
         _save(recipe, run, corpus, trainer)
     trainer.accelerator.end_training()
@@ -321,16 +359,6 @@ def _record_training(run: Run, corpus: Corpus, trainer: RecipeTraining, seconds:
     )
 
 
-def _stop_if_requested(run: Run, trainer: RecipeTraining) -> None:
-    """After a requested stop the checkpoint is saved and the run unfinished: say so and leave."""
-    step = trainer.state.global_step
-    if not any(getattr(callback, "stopped", False) for callback in trainer.callback_handler.callbacks):
-        return
-    saved = run.path / f"checkpoint-{step}"
-    told = f"stopped at step {step} of {trainer.state.max_steps}, saved in {saved}; the same command resumes"
-    raise Interrupted(told)
-
-
 def _record_evaluation(run: Run, trainer: RecipeTraining) -> None:
     """Evaluate the weights that will be saved, unless that was just done in training, and draw the curves."""
     from scalepeft import report
@@ -340,9 +368,14 @@ def _record_evaluation(run: Run, trainer: RecipeTraining) -> None:
     reloaded = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
     saved_step = state.best_global_step if reloaded else state.global_step
     if trainer.eval_dataset and saved_step not in trainer.evaluations:
-        if reloaded:
-            trainer.pop_callback(MetricsLog)  # these are an earlier step's figures
-        trainer.evaluate()
+        if reloaded or trainer.evaluated():
+            trainer.pop_callback(MetricsLog)  # these are an earlier step's figures, or were logged by an earlier session
+        try:
+            trainer.evaluate()
+        except Interrupted:
+            if not reloaded:  # else the weights are no longer those that were trained last
+                trainer.keep()
+            raise
         saved_step = state.global_step
     if trainer.args.process_index != 0:
         return
@@ -383,8 +416,12 @@ def _save(recipe: Recipe, run: Run, corpus: Corpus, trainer: RecipeTraining) -> 
     write_reference(run, reference, trainer, trainer.task.sample(rows[0]))
 
 
-def _verify_in_place_of_this(run: Run) -> None:
+def _verify_in_place_of_this(run: Run, stop: stops.Stop) -> None:
     """Become the verification: the training process is gone, and all its memory with it, before the base is loaded again."""
+    stops.held_back()  # the verification hears what comes from here on
+    if stop.requested:
+        run.interrupt(f"{run.path}: trained and saved, not verified; the same command does that")
+        raise Interrupted(run.record["reason"])
     atexit._run_exitfuncs()  # noqa: SLF001  # trackers upload what they hold at exit, which exec skips
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,18 +11,16 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from numpy.typing import NDArray
-from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset
-from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, ProgressCallback, TrainingArguments
 
-from scalepeft import adapters, engines
-from scalepeft.adalora import RankAllocation, allocates_ranks, load_ranks_state, orthogonality, ranks_may_be_zero, ranks_state
+from scalepeft import adapters, engines, stops
+from scalepeft.adalora import RankAllocation, allocates_ranks, orthogonality
 from scalepeft.callbacks import SPEED, Progress
-from scalepeft.checkpoint import load_state, publish, save_state
 from scalepeft.data import Corpus
 from scalepeft.model import answers
 from scalepeft.recipe import Recipe
+from scalepeft.resume import Resumable
 from scalepeft.run import Run
 from scalepeft.sampler import NO_ROW, StepBatches
 from scalepeft.tasks import IGNORED, SequenceClassification, Task
@@ -77,8 +73,8 @@ def total_steps(args: TrainingArguments, batches: StepBatches) -> int:
     return int(args.max_steps) if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch(args, batches))
 
 
-class RecipeTraining(Trainer):  # type: ignore[misc]
-    """What this project's trainers share: they train the same whatever the layout, evaluate every named set, leave no pickle.
+class RecipeTraining(Resumable):
+    """What this project's trainers share: they train the same whatever the layout, and evaluate every named set.
 
     Among the bases of a class it stands before the upstream trainer that it changes; the class calls `adopt` once that is made.
     `evaluations` holds, by step and set, the metrics and their details; `saved`, after training and on the process that
@@ -101,7 +97,7 @@ class RecipeTraining(Trainer):  # type: ignore[misc]
         self.eval_dataset: dict[str, Rows] = {name: Rows(rows) for name, rows in evaluation.items()}
         self.lengths = {name: prepared.lengths for name, prepared in corpus.sets.items()}
         self.evaluations: dict[int, dict[str, dict[str, Any]]] = {}
-        self.saved: dict[str, torch.Tensor] = {}
+        self.saved = {}
         self._details: dict[str, Any] = {}
 
     def make_optimizer(self) -> None:
@@ -116,6 +112,9 @@ class RecipeTraining(Trainer):  # type: ignore[misc]
     def step_batches(self) -> StepBatches:
         """The micro-batches of this process in training."""
         return step_batches(self.args, self.lengths["train"])
+
+    def _steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.args, self.step_batches())
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches of this process, in the project's own order."""
@@ -145,6 +144,7 @@ class RecipeTraining(Trainer):  # type: ignore[misc]
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=stops.left_to_the_parent,
             # of its own: a loader draws from its generator at each start, and the global one seeds the dropout masks, which
             # must not depend on how often a run is evaluated
             generator=torch.Generator(),
@@ -161,13 +161,15 @@ class RecipeTraining(Trainer):  # type: ignore[misc]
         """Evaluate every named set: the main one under eval_*, the others under eval_NAME_*."""
         assert eval_dataset is None, "the sets of the recipe are evaluated"
         figures: dict[str, float] = {}
-        measured = self.evaluations[self.state.global_step] = {}
-        for index, name in enumerate(self.eval_dataset):
-            prefix = f"{metric_key_prefix}_{name}" if index else metric_key_prefix
-            found = super().evaluate(name, ignore_keys, prefix)
-            own = {k.removeprefix(f"{prefix}_"): v for k, v in found.items() if k.startswith(f"{prefix}_")}
-            measured[name] = {k: v for k, v in own.items() if not k.endswith(SPEED)} | self._details
-            figures |= found
+        measured: dict[str, dict[str, Any]] = {}
+        with self.all_or_nothing():
+            for index, name in enumerate(self.eval_dataset):
+                prefix = f"{metric_key_prefix}_{name}" if index else metric_key_prefix
+                found = super().evaluate(name, ignore_keys, prefix)
+                own = {k.removeprefix(f"{prefix}_"): v for k, v in found.items() if k.startswith(f"{prefix}_")}
+                measured[name] = {k: v for k, v in own.items() if not k.endswith(SPEED)} | self._details
+                figures |= found
+        self.evaluations[self.state.global_step] = measured
         if self.state.global_step == 0 and self.args.process_index == 0:  # kept: a resumed run does not measure it again
             self.run.update(evaluation={name: {"before": found} for name, found in measured.items()})
         return figures
@@ -186,103 +188,6 @@ class RecipeTraining(Trainer):  # type: ignore[misc]
         self._details = self.task.details(predicted.predictions, predicted.label_ids)
         figures: dict[str, float] = self.task.metrics(predicted.predictions, predicted.label_ids)
         return figures
-
-    # --- checkpoints: no pickles, published last ----------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As upstream's, which gathers the frozen base, too (FSDP), or copies all of the model (ZeRO-1 and ZeRO-2)."""
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self._save(output_dir, state_dict=adapters.whole(model) if engines.in_parts(model) else None)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # as upstream, without training_args.bin: a pickle of all arguments, which nothing here reads
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        final = not self.is_in_train
-        with ranks_may_be_zero(model):
-            if isinstance(model, PeftModel):
-                saved = adapters.save(model, folder, state_dict, final=final)
-            else:
-                model.save_pretrained(folder, state_dict=state_dict)
-                saved = model.state_dict() if state_dict is None else state_dict
-            if final:  # the weights of the result, for the verification: gathered ones exist only here
-                self.saved = saved
-        self.processing_class.save_pretrained(folder)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # rotate after publishing, not before
-        super()._save_checkpoint(model, trial)
-        self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint = self.run.path / f"checkpoint-{self.state.global_step}"
-            if allocates_ranks(self.model):
-                save_state(ranks_state(self.model), checkpoint / "ranks.safetensors")
-            publish(checkpoint, self.state.global_step)
-            rotate_checkpoints(str(self.run.path), limit, self.state.best_model_checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if allocates_ranks(self.model):  # the adapter file beside holds only the ranks that are left
-            load_ranks_state(self.model, load_state(Path(resume_from_checkpoint, "ranks.safetensors")))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if allocates_ranks(self.model):
-            load_ranks_state(self.model, load_state(Path(self.state.best_model_checkpoint, "ranks.safetensors")))
-        else:
-            super()._load_best_model()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # sharded states have formats of their own
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            assert self.optimizer is not None
-            assert self.lr_scheduler is not None
-            save_state(self.optimizer.state_dict(), Path(output_dir, "optimizer.safetensors"))
-            save_state(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.safetensors"))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        assert self.optimizer is not None
-        assert self.lr_scheduler is not None
-        self.optimizer.load_state_dict(load_state(Path(checkpoint, "optimizer.safetensors")))
-        self.lr_scheduler.load_state_dict(load_state(Path(checkpoint, "scheduler.safetensors")))
-
-    def _save_scaler(self, output_dir: str) -> None:
-        if self.accelerator.scaler is not None and self.args.should_save:
-            save_state(self.accelerator.scaler.state_dict(), Path(output_dir, "scaler.safetensors"))
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.accelerator.scaler is not None and checkpoint is not None:
-            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint, "scaler.safetensors")))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        state: dict[str, Any] = {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),  # noqa: NPY002  # the global generator that upstream draws from
-            "torch": torch.random.get_rng_state(),
-        }
-        if self.args.device.type != "cpu":
-            state["device"] = torch.get_device_module(self.args.device).get_rng_state()
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # another process may arrive before rank 0 made it
-        save_state(state, Path(output_dir, f"rng_state_{self.args.process_index}.safetensors"))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        file = Path(checkpoint or "", f"rng_state_{self.args.process_index}.safetensors")
-        if not file.is_file():  # resumed on more processes than it was saved by: the new ones keep their seeds
-            return
-        state = load_state(file)
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])  # noqa: NPY002
-        torch.random.set_rng_state(state["torch"])
-        if "device" in state and self.args.device.type != "cpu":
-            torch.get_device_module(self.args.device).set_rng_state(state["device"])
 
     def reference(self, rows: Rows, indices: NDArray[np.integer]) -> dict[str, torch.Tensor]:
         """The inputs of a few rows and the trained model's answers to them, on the CPU."""

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from scalepeft import push
 from scalepeft.console import quiet_upstream, say
-from scalepeft.errors import RunFailed, UserError, one_line, program
+from scalepeft.errors import Interrupted, RunFailed, UserError, one_line, program
 from scalepeft.fetch import offline_if_unreachable
 from scalepeft.run import VERIFICATION, Run
+from scalepeft.stops import Stop
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +36,16 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         raise UserError("usage: python -m scalepeft.verify RUN")
     run = Run(Path(arguments[0]))
-    verify(run)
-    say(_closing(run))
+    with Stop() as stop:
+        try:
+            stop.interrupt()
+            verify(run)
+            say(_closing(run))
+        except KeyboardInterrupt:
+            told = f"{run.path}: trained and saved, not verified; the same command does that"
+            if run.record["status"] != "complete":
+                run.interrupt(told)
+            raise Interrupted(told) from None
     if run.recipe().training.get("push_to_hub"):
         push.in_place_of_this(run)
     return 0
