@@ -50,6 +50,7 @@ LAYERS = (
         "page",
         "compare",
         "grid",
+        "submit",
         "sweep",
         "generate",
         "verify",
