@@ -118,7 +118,9 @@ class Cluster:
         if not self.namespaces:
             self.run("slurmd", "-N", name, "-f", self.folder / "slurm.conf")
             return
-        inside = f"hostname {name}; mount --bind {self.folder}/hosts /etc/hosts; exec slurmd -N {name} -f {self.folder}/slurm.conf"
+        inside = (
+            f"hostname {name}; mount --bind {self.folder}/hosts /etc/hosts; exec slurmd -N {name} -f {self.folder}/slurm.conf"
+        )
         # not `ip netns exec`, which mounts /sys anew: slurmd stops at that
         self.run("nsenter", f"--net=/run/netns/{self.prefix}{name}", "unshare", "--uts", "--mount", "sh", "-c", inside)
 

@@ -52,7 +52,7 @@ class Plan:
 
 
 def plan_main(arguments: Sequence[str]) -> int:
-    """`python -m scalepeft.cluster plan`: check a recipe within a job, and print what the job runs, each word ended by a null."""
+    """`python -m scalepeft.cluster plan`: check a recipe in its job, and print what the job runs, each word ended by a null."""
     parser = argparse.ArgumentParser(prog="train.sh", description="Train a recipe as a job of Slurm's.", allow_abbrev=False)
     parser.add_argument("words", nargs="*", metavar="RECIPE section.key=value", help=f"{FRONT_PAGE} when none is named")
     parser.add_argument("--points", type=Path, metavar="FILE", help="of an array: the words of each task, as JSON")

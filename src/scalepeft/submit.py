@@ -88,8 +88,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dry-run", action="store_true", help="print the lines that would queue the jobs, and queue nothing")
 
 
-GIVEN = ("launch", "num_processes", "cpu", "gpus_per_node", "dry_run")
-"""Those of them that say nothing unless they are given."""
+def given(options: argparse.Namespace) -> bool:
+    """Whether any of them was given."""
+    return options.nodes != 1 or any(
+        getattr(options, name) for name in ("launch", "num_processes", "cpu", "gpus_per_node", "dry_run")
+    )
 
 
 def split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -128,7 +131,7 @@ def requested(options: argparse.Namespace, name: str, for_sbatch: Sequence[str],
 
 
 def queue(jobs: Sequence[Job], *, dry_run: bool) -> None:
-    """Queue jobs in their order, or print the lines that would. Raises UserError when Slurm refuses one; then none is queued."""
+    """Queue jobs in their order, or print the lines that would. Raises UserError when Slurm refuses one, with none queued."""
     if dry_run:
         for job in jobs:
             print(f"{job.name}=$({job.command({})})")

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     submit.add_options(parser)
     own, for_sbatch = submit.split(arguments)
     options = parser.parse_intermixed_args(own)
-    if not options.slurm and (for_sbatch or any(getattr(options, name) for name in submit.GIVEN)):
+    if not options.slurm and (for_sbatch or submit.given(options)):
         raise UserError("command line: --launch, --nodes and other options of jobs go with --slurm")
     sweep = plan(options.recipe, options.overrides, options.output_dir)
     if options.slurm:
