@@ -100,10 +100,8 @@ def jobs(tmp_path_factory, tiny_model) -> Iterator[Jobs]:
 def queued(jobs) -> dict[str, int]:
     """What needs nobody's hand, queued together: the machine is never idle, and two jobs share their first node."""
     pair = [TWO, "--nodelist=node1,node2"]
-    told = jobs.cluster.run(
-        "scalepeft", "submit", jobs.recipe("straight"), "--then", "evaluate data.evaluation.more.path=gone.csv", "--then", "merge",
-        cwd=jobs.folder,
-    )  # fmt: skip
+    chain = ["--then", "evaluate data.evaluation.more.path=gone.csv", "--then", "merge"]
+    told = jobs.cluster.run("scalepeft", "submit", jobs.recipe("straight"), *chain, cwd=jobs.folder)
     numbers = {name: int(number) for number, name in re.findall(r"^job (\d+): (\w+)", told, re.MULTILINE)}
     return numbers | {
         "ddp": jobs.train(jobs.recipe("ddp"), options=(*pair,)),

@@ -41,23 +41,24 @@ def test_a_job_of_two_nodes_meets_at_the_first_ones_address(capsys, toy, tmp_pat
     assert 20000 <= int(arguments[-1]) < 32000
 
 
-@pytest.mark.parametrize(
-    ("nodes", "gpus", "words", "launching"),
-    [
-        (1, 0, [], "--launch cpu"),
-        (2, 0, [], "--launch multi_cpu --num-processes 2"),
-        (1, 0, ["--num-processes", "4"], "--launch multi_cpu --num-processes 4"),
-        (1, 1, [], "--launch single_gpu"),
-        (1, 8, [], "--launch multi_gpu"),
-        (2, 1, [], "--launch multi_gpu"),
-        (2, 8, ["--launch", "zero3"], "--launch zero3"),
-    ],
-)
-def test_without_a_layout_every_gpu_has_a_process_or_every_node(capsys, toy, monkeypatch, nodes, gpus, words, launching):
+LAYOUTS = {
+    (1, 0): "--launch cpu",
+    (2, 0): "--launch multi_cpu --num-processes 2",
+    (1, 0, "--num-processes", "4"): "--launch multi_cpu --num-processes 4",
+    (1, 1): "--launch single_gpu",
+    (1, 8): "--launch multi_gpu",
+    (2, 1): "--launch multi_gpu",
+    (2, 8, "--launch", "zero3"): "--launch zero3",
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_without_a_layout_every_gpu_has_a_process_or_every_node(capsys, toy, monkeypatch, case):
+    nodes, gpus, *words = case
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", str(nodes))
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(gpus))
     found = " ".join(plan(capsys, toy(), *words)[5:])
-    assert found.partition(" --num-machines")[0] == launching
+    assert found.partition(" --num-machines")[0] == LAYOUTS[case]
 
 
 def test_without_a_recipe_it_is_that_of_the_front_page(capsys, assets):  # noqa: ARG001  # the assets must be there
