@@ -53,11 +53,10 @@ while kill -0 $step 2>/dev/null; do
 done
 [[ ! $ended ]] || exit 143
 
-lost=''
-if ! kill -0 $step 2>/dev/null && ! wait $step && ((nodes > 1)); then
-    on_nodes --overlap --immediate=30 timeout 30 true || lost=yes
-fi
-cluster verdict "$run" --before "$before" --job "$(scontrol --oneliner show job "$SLURM_JOB_ID")" \
+status=0 lost=''
+kill -0 $step 2>/dev/null || wait $step || status=$?
+if ((status && nodes > 1)); then on_nodes --overlap --immediate=30 timeout 30 true || lost=yes; fi
+cluster verdict "$run" --before "$before" --status $status --job "$(scontrol --oneliner show job "$SLURM_JOB_ID")" \
     ${warned:+--warned} ${lost:+--lost}
 status=$?
 ((status == 75)) || exit $status

@@ -118,7 +118,8 @@ VERDICTS = {
     "warned before it had a directory": (None, "none", "its time was nearly up", 0, cluster.REQUEUE),
     "dead before it had a directory": (None, "none", "", 0, 1),
     "failed": ("failed", "old", "", 0, 1),
-    "failed because a node was lost": ("failed", "old", "a node was lost", 0, cluster.REQUEUE),
+    "failed while it was pre-empted": ("failed", "old", "it was pre-empted", 0, 1),
+    "failed because a node was lost": ("failed", "old", cluster.LOST, 0, cluster.REQUEUE),
 }
 
 

@@ -18,7 +18,7 @@ from scalepeft import fetch, launch
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.console import note
-from scalepeft.errors import UserError, one_line, program
+from scalepeft.errors import Interrupted, UserError, one_line, program
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
 
@@ -26,6 +26,8 @@ FRONT_PAGE = "quickstart"
 """The recipe that is trained when none is named."""
 REQUEUE = 75
 """The exit status by which `verdict` asks for the job to be queued again: EX_TEMPFAIL of sysexits.h."""
+LOST = "a node was lost"
+"""Why a run may have failed that is tried again."""
 MOST_RESTARTS = "SCALEPEFT_MAX_RESTARTS"
 _RESTARTS = 20
 """How often a job may start anew when that variable says nothing."""
@@ -88,12 +90,14 @@ def verdict_main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="verdict", description="Say what became of a run, and what shall become of its job.")
     parser.add_argument("run", type=Path)
     parser.add_argument("--before", required=True, help="what `plan` printed")
+    parser.add_argument("--status", type=int, required=True, help="the exit status of the training")
     parser.add_argument("--job", required=True, help="what `scontrol --oneliner show job` says of the job")
     parser.add_argument("--warned", action="store_true", help="the job was told that its time is nearly up")
     parser.add_argument("--lost", action="store_true", help="a node of the job does not answer")
     options = parser.parse_args(arguments)
     cause = "its time was nearly up" if options.warned else "it was pre-empted" if preempted(options.job) else ""
-    cause = "a node was lost" if options.lost else cause
+    cause = LOST if options.lost else cause
+    cause = cause or ("asked to stop" if options.status == Interrupted.exit_status else "")
     status, told = verdict(Run(options.run), options.before, cause=cause, restarts=_restarts(), most=_most())
     note(told)
     return status
@@ -103,14 +107,14 @@ def verdict(run: Run, before: str, *, cause: str, restarts: int, most: int) -> t
     """The exit status of a job whose training has ended, and a line that says why.
 
     `before` is that of the plan: a record that has not changed since is none of this job's. `cause` says what befell the
-    job, if anything did. The exit status of the launcher is not asked: it is the same for a crash and for a request to stop.
+    job, if anything did. The exit status of the training is little asked: launchers give the same for a crash and for a request.
     """
     record = run.record if not before or _stamp(run) != before else {}
     status, reason = record.get("status"), record.get("reason")
     if status == "complete":
         return 0, f"{run.path}: complete"
     stopped = cause or ("asked to stop" if status == "interrupted" else "")
-    if not stopped:
+    if not stopped or (status == "failed" and cause != LOST):  # it would fail again
         told = reason or ("ended at once, without a word of its own" if status else "ended before it began to train")
         return 1, f"{run.path}: failed: {told}"
     if restarts >= most:
