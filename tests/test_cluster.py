@@ -1,12 +1,18 @@
-"""Claims about jobs on a real cluster: they train as one process does, and go on after whatever befalls them."""
+"""Claims about jobs on a real cluster: they train as one process does, and go on after whatever befalls them.
+
+With SCALEPEFT_RECORD_FAULTS=FILE each fault appends to FILE what was seen; benchmarks/faults_cluster.py makes figures of it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
-import shutil
 import subprocess
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import cluster as slurm
@@ -25,15 +31,42 @@ CLOSE = 1e-5
 STILL = {"config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
 LONG = {
     "per_device_train_batch_size": 1,
-    "num_train_epochs": 40,
+    "num_train_epochs": 30,
     "eval_strategy": "no",
     "eval_on_start": False,
     "save_strategy": "steps",
     "save_steps": 20,
     "save_total_limit": 2,
 }
-STEPS = 200
-TWO = "--nodes=2"
+STEPS = 150
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a job is queued, and the run that nothing disturbed."""
+
+    straight: str
+    options: tuple[str, ...]
+    words: tuple[str, ...] = ()
+
+
+LAYOUTS = {
+    "1 process": Layout("straight", ("--nodes=1", "--nodelist=node3")),
+    "DDP on 2 nodes": Layout("ddp", ("--nodes=2", "--nodelist=node2,node3")),
+    "ZeRO-3 on 2 nodes": Layout("zero3", ("--nodes=2", "--nodelist=node2,node3"), ("--launch", "zero3", "--cpu")),
+}
+TIME_LIMIT = "time limit"
+GRACEFUL = (TIME_LIMIT, "scancel --signal", "scontrol requeue", "pre-emption")
+"""Faults before which there is time to save."""
+TOGETHER = [
+    ("1 process", (TIME_LIMIT,)),
+    ("1 process", ("scancel --signal", "scontrol requeue")),
+    ("DDP on 2 nodes", ("pre-emption", "lost node")),
+]
+"""Layouts and the faults that befall one job after the other: the short form."""
+ALONE = [(layout, (fault,)) for layout in LAYOUTS for fault in (*GRACEFUL, "lost node", "lost first node")]
+CASES = [pytest.param(*case, id=f"{case[0]}, {', '.join(case[1])}") for case in TOGETHER]
+CASES += [pytest.param(*case, id=f"{case[0]}, {case[1][0]}, alone", marks=pytest.mark.long) for case in ALONE]
 
 
 class Jobs:
@@ -44,7 +77,7 @@ class Jobs:
 
     def recipe(self, name: str, **changes) -> str:
         """A recipe of 16 rows a step, whatever the number of processes; its file."""
-        training = {**LONG, **changes.pop("training", {})}
+        training = {**LONG, "output_dir": name, **changes.pop("training", {})}
         changes = {"model": STILL, "adapter": {"lora_dropout": 0.0}, "global_batch_size": 16, **changes}
         return str(write_toy(self.folder, self.base, name, training=training, **changes).relative_to(self.folder))
 
@@ -52,60 +85,104 @@ class Jobs:
         """Queue a training by `sbatch OPTIONS slurm/train.sh WORDS`."""
         return self.cluster.sbatch(*options, TRAIN, *words, cwd=self.folder, **environment)
 
+    def submit(self, *words: str) -> dict[str, int]:
+        """Run a verb that queues jobs; their numbers by name."""
+        told = self.cluster.run("scalepeft", *words, cwd=self.folder)
+        return {name: int(number) for number, name in re.findall(r"^job (\d+): (\w+)", told, re.MULTILINE)}
+
     def run(self, name: str) -> Run:
         return Run(self.folder / name)
 
-    def log(self, job: int | str) -> str:
-        return next(iter(self.folder.rglob(f"*-{job}.log"))).read_text()
+    def log(self, job: int) -> str:
+        return "".join(path.read_text() for path in self.folder.rglob(f"*-{job}.log"))
 
-    def complete(self, job: int | str, timeout: float = 400) -> dict[str, str]:
+    def complete(self, job: int, timeout: float = 900) -> dict[str, str]:
         """Wait for a job, which must end COMPLETED."""
         state = self.cluster.ended(job, timeout)
         assert state == "COMPLETED", f"{state}\n{self.log(job)}"
         assert "Traceback" not in self.log(job)
         return self.cluster.job(job)
 
-    def failed(self, job: int | str, told: str, timeout: float = 200) -> None:
+    def failed(self, job: int, told: str) -> None:
         """Wait for a job, which must end FAILED and say in one line why."""
-        assert self.cluster.ended(job, timeout) == "FAILED", self.log(job)
+        assert self.cluster.ended(job) == "FAILED", self.log(job)
         said = self.log(job)
         assert len([line for line in said.splitlines() if told in line]) == 1, said
         assert "Traceback" not in said
 
-    def at_step(self, job: int | str, name: str, step: int) -> None:
+    def at_step(self, job: int, name: str, step: int) -> None:
         """Wait until a job that is training has done a step."""
 
         def there() -> bool:
             assert self.cluster.state(job) not in slurm.ENDED, self.log(job)
-            return any(line["step"] >= step for line in self.run(name).lines())
+            return self.step(name) >= step
 
         self.cluster.until(there, 300, lambda: self.log(job))
 
-    def restarted(self, job: int | str, times: int) -> None:
+    def step(self, name: str) -> int:
+        """The last step that is logged."""
+        return max((line["step"] for line in self.run(name).lines()), default=0)
+
+    def restarts(self, job: int) -> int:
+        return int(self.cluster.job(job)["Restarts"])
+
+    def restarted(self, job: int, times: int) -> None:
         """Wait until Slurm has started a job anew so many times."""
-        self.cluster.until(
-            lambda: self.cluster.state(job) == "RUNNING" and int(self.cluster.job(job)["Restarts"]) == times,
-            120,
-            lambda: f"{self.cluster.job(job)}\n{self.log(job)}",
-        )
+
+        def started() -> bool:
+            found = self.cluster.job(job)
+            return found["JobState"] == "RUNNING" and int(found["Restarts"]) >= times
+
+        self.cluster.until(started, 200, lambda: f"{self.cluster.job(job)}\n{self.log(job)}")
+
+    def strike(self, job: int, fault: str) -> None:
+        """Let something befall a job that runs on node3, and on it alone of those that run there."""
+        made = self.cluster
+        if fault == "scancel --signal":
+            made.run("scancel", "--signal=TERM", job)
+        elif fault == "scontrol requeue":
+            made.run("scontrol", "requeue", job)
+        elif fault == "pre-emption":
+            words = ("--partition=high", "--exclusive", "--nodelist=node3", "--output=/dev/null", "--wrap=sleep 1")
+            assert made.ended(made.sbatch(*words, cwd=self.folder)) == "COMPLETED"
+        elif fault.startswith("lost"):
+            node = made.job(job)["BatchHost"] if "first" in fault else "node3"
+            made.crash(node)
+            made.until(lambda: made.state(job) != "RUNNING", 120, lambda: self.log(job))
+            made.boot(node)
+
+    def goes_on(self, job: int, name: str, restarts: int) -> dict[str, float]:
+        """Wait until a job that was struck trains again; steps lost, and seconds to the start and from there to a step."""
+        struck = time.time()
+        self.restarted(job, restarts)
+        started, step, saved = time.time(), self.step(name), _step(self.run(name).last_checkpoint())
+        record = self.run(name).path / "run.json"
+        self.cluster.until(lambda: record.stat().st_mtime > started and self.step(name) > saved, 300, lambda: self.log(job))
+        return {"lost": step - saved, "queued": started - struck, "first step": time.time() - started}
 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory, tiny_model) -> Iterator[Jobs]:
-    with slurm.cluster(tmp_path_factory.mktemp("slurm"), nodes=3, cpus=2, grace=60) as made:
-        yield Jobs(made, tmp_path_factory.mktemp("user"), tiny_model)
+    folder = tmp_path_factory.mktemp("user")
+    with contextlib.ExitStack() as stack:
+        for name, options in {"locked": "ro", "small": "size=300k"}.items():
+            (folder / name).mkdir()
+            if os.geteuid() == 0:  # before the nodes see the file systems
+                subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder / name], check=True)
+                stack.callback(subprocess.run, ["umount", "--lazy", folder / name], check=True)
+        made = stack.enter_context(slurm.cluster(tmp_path_factory.mktemp("slurm"), nodes=3, cpus=4, grace=60))
+        yield Jobs(made, folder, tiny_model)
 
 
 @pytest.fixture(scope="module")
 def queued(jobs) -> dict[str, int]:
     """What needs nobody's hand, queued together: the machine is never idle, and two jobs share their first node."""
-    pair = [TWO, "--nodelist=node1,node2"]
-    chain = ["--then", "evaluate data.evaluation.more.path=gone.csv", "--then", "merge"]
-    told = jobs.cluster.run("scalepeft", "submit", jobs.recipe("straight"), *chain, cwd=jobs.folder)
-    numbers = {name: int(number) for number, name in re.findall(r"^job (\d+): (\w+)", told, re.MULTILINE)}
-    return numbers | {
-        "ddp": jobs.train(jobs.recipe("ddp"), options=(*pair,)),
-        "zero3": jobs.train(jobs.recipe("zero3"), "--launch", "zero3", "--cpu", options=(*pair,)),
+    pair = ("--nodes=2", "--nodelist=node1,node2")
+    chain = ("--then", "evaluate data.evaluation.more.path=gone.csv", "--then", "merge")
+    return {
+        **jobs.submit("submit", jobs.recipe("straight"), *chain, "--", "--nodelist=node1"),
+        "ddp": jobs.train(jobs.recipe("ddp"), options=pair),
+        "zero3": jobs.train(jobs.recipe("zero3"), "--launch", "zero3", "--cpu", options=pair),
     }
 
 
@@ -127,76 +204,69 @@ def relative(one: float, other: float) -> float:
     return abs(one - other) / max(abs(one), abs(other), 1e-12)
 
 
+def _step(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
 @pytest.mark.usefixtures("queued")
 def test_what_cannot_begin_fails_at_once_with_a_line(jobs):
     typo = jobs.recipe("typo", training={"learning_rat": 1e-3})
-    locked = jobs.folder / "locked"
-    locked.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", locked], check=True)
-    try:
-        found = {
-            jobs.train("gone.yaml"): "gone.yaml: no such recipe",
-            jobs.train(typo): "training (TrainingArguments) has no 'learning_rat'; did you mean 'learning_rate'?",
-            jobs.train(jobs.recipe("locked_out"), "training.output_dir=locked/run"): "cannot be written",
-            jobs.train(jobs.recipe("layout"), "--launch", "zero33"): "did you mean 'zero3'?",
-            jobs.train(
-                jobs.recipe("single"), "--launch", "cpu", options=(TWO,)
-            ): "is the layout of one process, and the job has 2",
-        }
-        for job, told in found.items():
-            jobs.failed(job, told)
-    finally:
-        subprocess.run(["umount", locked], check=True)
+    alone = jobs.recipe("alone")
+    found = {
+        jobs.train("gone.yaml"): "gone.yaml: no such recipe",
+        jobs.train(typo): "training (TrainingArguments) has no 'learning_rat'; did you mean 'learning_rate'?",
+        jobs.train(alone, "--launch", "zero33"): "did you mean 'zero3'?",
+        jobs.train(alone, "--launch", "cpu", options=("--nodes=2",)): "is the layout of one process, and the job has 2 nodes",
+        jobs.train(alone, SCALEPEFT_ENVIRONMENT="gone.sh"): "gone.sh: No such file",
+    }
+    if jobs.cluster.namespaces:
+        found[jobs.train(alone, "training.output_dir=locked/run")] = "locked cannot be written"
+    for job, told in found.items():
+        jobs.failed(job, told)
 
 
-def test_stopped_by_signal_and_by_hand_it_goes_on(jobs, queued):
-    job = jobs.train(jobs.recipe("signals"))
-    jobs.at_step(job, "signals", 10)
-    jobs.cluster.run("scancel", "--signal=TERM", job)
-    jobs.restarted(job, 1)
-    before = jobs.run("signals").last_checkpoint().name
-    jobs.at_step(job, "signals", int(before.rpartition("-")[2]) + 10)
-    jobs.cluster.run("scontrol", "requeue", job)
-    jobs.restarted(job, 2)
-    jobs.complete(job)
-    assert "asked to stop; queued again" in jobs.log(job)
-    jobs.complete(queued["train"])
-    check_as_if_nothing_had_happened(jobs.run("signals"), jobs.run("straight"))
-
-
-def test_a_time_limit_is_survived(jobs, queued):
-    job = jobs.train(jobs.recipe("limit"), options=("--time=1", "--signal=B:USR1@50"))
+@pytest.mark.parametrize(("layout", "faults"), CASES)
+def test_whatever_befalls_a_job_it_goes_on(jobs, queued, layout, faults):
+    chosen = LAYOUTS[layout]
+    name = re.sub(r"\W+", "-", f"{layout} {' '.join(faults)}")
+    if "lost node" in faults and not jobs.cluster.namespaces:
+        pytest.skip("a node that is no namespace cannot be lost whole")
+    limit = ("--time=1", "--signal=B:USR1@50") if TIME_LIMIT in faults else ("--exclusive",)
+    job = jobs.train(jobs.recipe(name), *chosen.words, options=(*chosen.options, *limit))
+    seen = []
+    for number, fault in enumerate(faults, 1):
+        if fault != TIME_LIMIT:
+            at = max(jobs.step(name), _step(jobs.run(name).last_checkpoint())) + 10
+            jobs.at_step(job, name, max(at, 10 if fault in GRACEFUL else LONG["save_steps"] + 3))
+            jobs.strike(job, fault)
+        seen.append({"fault": fault, **jobs.goes_on(job, name, number)})
+        assert seen[-1]["lost"] <= (0 if fault in GRACEFUL else LONG["save_steps"])
     found = jobs.complete(job)
-    assert int(found["Restarts"]) > 0
-    assert jobs.log(job).count("its time was nearly up; queued again") == int(found["Restarts"])
-    jobs.complete(queued["train"])
-    check_as_if_nothing_had_happened(jobs.run("limit"), jobs.run("straight"))
+    assert int(found["Restarts"]) >= len(faults)
+    jobs.complete(queued[{"straight": "train"}.get(chosen.straight, chosen.straight)])
+    check_as_if_nothing_had_happened(jobs.run(name), jobs.run(chosen.straight))
+    if file := os.environ.get("SCALEPEFT_RECORD_FAULTS"):
+        with Path(file).open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({"layout": layout, "together": len(faults) > 1, **each}) + "\n" for each in seen)
 
 
 def test_restarts_have_a_cap(jobs):
     job = jobs.train(jobs.recipe("capped"), SCALEPEFT_MAX_RESTARTS="0")
     jobs.at_step(job, "capped", 1)
-    jobs.cluster.run("scancel", "--signal=TERM", job)
+    jobs.strike(job, "scancel --signal")
     jobs.failed(job, "SCALEPEFT_MAX_RESTARTS allows no more than 0 restarts; the same command goes on")
     assert jobs.run("capped").record["status"] == "interrupted"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root alone")
 def test_a_full_disk_fails_and_keeps_what_was_saved(jobs, queued):
-    small = jobs.folder / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", small], check=True)
-    try:
-        job = jobs.train(jobs.recipe("full"), "training.output_dir=small/run", "training.save_total_limit=null")
-        jobs.failed(job, "the disk is full; kept: small/run/checkpoint-")
-        kept = jobs.run("small/run").last_checkpoint()
-        subprocess.run(["mount", "-o", "remount,size=100m", small], check=True)
-        job = jobs.train("full.yaml", "training.output_dir=small/run", "training.save_total_limit=null")
-        jobs.complete(job)
-        assert kept is not None
-        jobs.complete(queued["train"])
-        check_as_if_nothing_had_happened(jobs.run("small/run"), jobs.run("straight"))
-    finally:
-        subprocess.run(["umount", small], check=True)
+    jobs.recipe("full", training={"output_dir": "small/run", "save_total_limit": None})
+    jobs.failed(jobs.train("full.yaml"), "the disk is full; kept: small/run/checkpoint-")
+    assert jobs.run("small/run").last_checkpoint() is not None
+    subprocess.run(["mount", "-o", "remount,size=100m", jobs.folder / "small"], check=True)
+    jobs.complete(jobs.train("full.yaml"))
+    jobs.complete(queued["train"])
+    check_as_if_nothing_had_happened(jobs.run("small/run"), jobs.run("straight"))
 
 
 def test_when_a_job_of_a_chain_fails_those_after_it_are_cancelled(jobs, queued):
@@ -213,65 +283,39 @@ def test_two_nodes_train_as_one_process_does(jobs, queued, name, engine):
     straight, run = jobs.run("straight"), jobs.run(name)
     assert (run.record["layout"]["processes"], run.record["layout"]["engine"]) == (2, engine)
     pairs = list(zip(straight.lines(), run.lines(), strict=True))
-    assert len(pairs) == STEPS
+    assert [one["step"] for one, _ in pairs] == [*range(1, STEPS + 1), STEPS]  # the last is the evaluation
     for one, other in pairs:
-        assert (one["step"], one["learning_rate"]) == (other["step"], other["learning_rate"])
-        assert max(relative(one[figure], other[figure]) for figure in ("loss", "grad_norm")) < CLOSE, one["step"]
+        assert one.get("learning_rate") == other.get("learning_rate")
+        figures = [key for key in ("loss", "grad_norm", "eval_loss") if key in one]
+        assert max(relative(one[figure], other[figure]) for figure in figures) < CLOSE, (one, other)
     weights = [load_file(of.path / "adapter/adapter_model.safetensors") for of in (straight, run)]
     assert max(float((weights[1][k] - v).norm() / v.norm()) for k, v in weights[0].items()) < CLOSE
 
 
 def test_two_jobs_on_one_first_node_meet_at_ports_of_their_own(jobs, queued):
-    ports = []
-    for name in ("ddp", "zero3"):
-        found = jobs.complete(queued[name])
-        assert found["BatchHost"] == "node1"
-        ports += {int(port) for port in re.findall(r"--main_process_port (\d+)", jobs.log(queued[name]))}
-    starts = [jobs.cluster.job(queued[name]) for name in ("ddp", "zero3")]
-    assert max(x["StartTime"] for x in starts) < min(x["EndTime"] for x in starts)  # they ran at once
-    assert len(set(ports)) == 2
-
-
-def test_preempted_and_then_without_a_node_it_goes_on(jobs, queued):
-    job = jobs.train(jobs.recipe("hard"), options=(TWO, "--nodelist=node1,node3", "--exclusive"))
-    jobs.at_step(job, "hard", 10)
-    urgent = jobs.cluster.sbatch("--partition=high", "--exclusive", "--nodelist=node3", "--wrap=sleep 1", cwd=jobs.folder)
-    assert jobs.cluster.ended(urgent) == "COMPLETED"
-    jobs.restarted(job, 1)
-    assert "it was pre-empted; queued again" in jobs.log(job)
-    assert jobs.run("hard").last_checkpoint() is not None
-    at = int(jobs.run("hard").last_checkpoint().name.rpartition("-")[2])
-    jobs.at_step(job, "hard", at + 30)
-    jobs.cluster.crash("node3")
-    jobs.cluster.until(lambda: jobs.cluster.state(job) == "PENDING", 120, lambda: jobs.log(job))
-    jobs.cluster.boot("node3")
-    jobs.complete(job)
-    jobs.complete(queued["ddp"])
-    check_as_if_nothing_had_happened(jobs.run("hard"), jobs.run("ddp"))
+    found = [jobs.complete(queued[name]) for name in ("ddp", "zero3")]
+    ports = [re.findall(r"--main_process_port (\d+)", jobs.log(queued[name])) for name in ("ddp", "zero3")]
+    assert {job["BatchHost"] for job in found} == {"node1"}
+    assert max(job["StartTime"] for job in found) < min(job["EndTime"] for job in found)  # they ran at once
+    assert [len(set(each)) for each in ports] == [1, 1]
+    assert ports[0] != ports[1]
 
 
 def test_a_sweep_is_an_array_and_ends_in_a_comparison(jobs):
     words = [jobs.recipe("swept", training={"num_train_epochs": 1}), "adapter.r=[2,4]", "training.learning_rate=1e-3"]
-    told = jobs.cluster.run("scalepeft", "sweep", *words, "--slurm", "--", "--job-name=grid", cwd=jobs.folder)
-    numbers = {name: number for number, name in re.findall(r"^job (\d+): (\w+)", told, re.MULTILINE)}
-    jobs.complete(numbers["compare"])
+    jobs.complete(jobs.submit("sweep", *words, "--slurm", "--", "--time=10")["compare"])
     folder = jobs.folder / "runs/swept-sweep"
     points = json.loads((folder / "sweep.json").read_text())["points"]
-    assert [point["status"] for point in points] == ["complete", "complete"]
+    assert [(point["name"], point["status"]) for point in points] == [("r=2", "complete"), ("r=4", "complete")]
     assert (folder / "compare.html").is_file()
     assert {Run(folder / point["name"]).record["status"] for point in points} == {"complete"}
     again = jobs.cluster.run("scalepeft", "sweep", *words, "--slurm", "--dry-run", cwd=jobs.folder)
     assert "--array" not in again
 
 
-def test_a_recipe_that_cannot_be_is_not_queued(jobs):
-    before = jobs.cluster.run("squeue", "--noheader", "--format=%i").split()
-    assert "did you mean 'learning_rate'" in jobs.cluster.run(
-        "scalepeft", "submit", jobs.recipe("typo", training={"learning_rat": 1}), cwd=jobs.folder, check=False
-    )
-    assert not set(jobs.cluster.run("squeue", "--noheader", "--format=%i").split()) - set(before)
-    refused = jobs.cluster.run(
-        "scalepeft", "submit", jobs.recipe("nowhere"), "--", "--partition=gone", cwd=jobs.folder, check=False
-    )
+def test_what_slurm_refuses_is_said_in_a_line(jobs):
+    words = ("scalepeft", "submit", jobs.recipe("nowhere"), "--", "--partition=gone")
+    refused = jobs.cluster.run(*words, cwd=jobs.folder, check=False)
+    assert refused.startswith("train: sbatch: error: ")
     assert "invalid partition specified: gone" in refused
-    assert shutil.which("sbatch", path=jobs.cluster.environment["PATH"])
+    assert refused.count("\n") == 1

@@ -107,7 +107,7 @@ def verdict(run: Run, before: str, *, cause: str, restarts: int, most: int) -> t
     """The exit status of a job whose training has ended, and a line that says why.
 
     `before` is that of the plan: a record that has not changed since is none of this job's. `cause` says what befell the
-    job, if anything did. The exit status of the training is little asked: launchers give the same for a crash and for a request.
+    job, if anything did. Exit statuses say little: launchers give the same for a crash and for a request to stop.
     """
     record = run.record if not before or _stamp(run) != before else {}
     status, reason = record.get("status"), record.get("reason")
