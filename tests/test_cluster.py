@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import cluster as slurm
 import pytest
+import test_docs
 from cluster import Cluster
 from conftest import write_toy
 from safetensors.torch import load_file
@@ -319,3 +321,26 @@ def test_what_slurm_refuses_is_said_in_a_line(jobs):
     assert refused.startswith("train: sbatch: error: ")
     assert "invalid partition specified: gone" in refused
     assert refused.count("\n") == 1
+
+
+@pytest.mark.long
+def test_what_the_documentation_says_runs(jobs, assets):
+    made, folder = jobs.cluster, jobs.folder / "newcomer"
+    for name in ("recipes", "slurm"):
+        shutil.copytree(slurm.ROOT / name, folder / name)
+    (folder / "cache").mkdir()
+    (folder / "cache/assets").symlink_to(assets)  # what the documented `scalepeft fetch` finds
+    here = ("--gpus-per-node=8 --time=4:00:00 slurm/train.sh recipes/sft_lora.yaml", "slurm/train.sh quickstart --cpu")
+    for command in test_docs.ON_A_CLUSTER:
+        tiny = f"{test_docs.TINY} training.bf16=false" + (" training.output_dir=runs/sft" if "sft" in command else "")
+        words = command.replace(*here)
+        words = words.replace(" quickstart", f" quickstart {tiny}", 1) if " quickstart" in words else f"{words} {tiny}"
+        said = made.run("bash", "-c", command if "fetch" in command else words, cwd=folder)
+        assert "Traceback" not in said
+    made.until(lambda: not made.run("squeue", "--noheader").strip(), 900)
+    ended = dict(re.findall(r"JobId=(\d+) .*? JobState=(\w+)", made.run("scontrol", "--oneliner", "show", "jobs")))
+    logs = {path.stem.rpartition("-")[2]: path for path in [*folder.glob("*.log"), *folder.glob("logs/*.log")]}
+    assert len(logs) >= 10
+    for number, path in logs.items():
+        assert "Traceback" not in path.read_text()
+        assert ended.get(number.partition("_")[0]) == "COMPLETED", path.read_text()
