@@ -10,7 +10,7 @@
 
 SRUN_OPTIONS=() WRAPPER=()
 environment=${SCALEPEFT_ENVIRONMENT:-slurm/environment.sh}
-# shellcheck source=slurm/environment.sh
+# shellcheck source=environment.sh
 if [[ -f $environment || -n ${SCALEPEFT_ENVIRONMENT:-} ]]; then source "$environment" || exit; fi
 
 exec srun --ntasks=1 --mpi=none --cpu-bind=none --input=none "${SRUN_OPTIONS[@]}" \

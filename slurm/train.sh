@@ -16,7 +16,7 @@ trap 'ended=yes' TERM  # Slurm ends the job: cancelled, queued again, or out of 
 
 SRUN_OPTIONS=() WRAPPER=()
 environment=${SCALEPEFT_ENVIRONMENT:-slurm/environment.sh}
-# shellcheck source=slurm/environment.sh
+# shellcheck source=environment.sh
 if [[ -f $environment || -n ${SCALEPEFT_ENVIRONMENT:-} ]]; then source "$environment" || exit; fi
 
 cluster() { "${WRAPPER[@]}" python3 -m scalepeft.cluster "$@"; }
@@ -40,9 +40,13 @@ on_nodes --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" bash -c "$on_each" node \
     "${WRAPPER[@]}" python3 -m scalepeft "${arguments[@]}" &
 step=$!
 
-end=$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null) || end=$((2 ** 62))
 while kill -0 $step 2>/dev/null; do
     if [[ $warned && ! $ended ]]; then
+        if [[ $warned == yes ]]; then
+            echo "the time is nearly up: the training is told to save" >&2
+            end=$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s) || end=$((2 ** 62))
+            warned=told
+        fi
         (($(date +%s) < end - 10)) || break
         scancel --signal=TERM "$SLURM_JOB_ID"
         sleep 5 &
@@ -60,6 +64,7 @@ cluster verdict "$run" --before "$before" --status $status --job "$(scontrol --o
     ${warned:+--warned} ${lost:+--lost}
 status=$?
 ((status == 75)) || exit $status
+[[ ! $ended ]] || exit 143
 scontrol requeue "$SLURM_JOB_ID" || exit 1
 sleep infinity & # Slurm ends this script, and takes a job whose script has ended by itself for finished
 wait

@@ -46,6 +46,7 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
+GresTypes=gpu
 SlurmdParameters=config_overrides
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -176,7 +177,7 @@ class Cluster:
             where = f"NodeAddr={self.subnet}.{10 + number} NodeHostname={name} Port=6818"
             if not self.namespaces:
                 where = f"NodeAddr=127.0.0.1 NodeHostname={host} Port={_free_port()}"
-            nodes.append(f"NodeName={name} {where} CPUs={self.cpus} State=UNKNOWN")
+            nodes.append(f"NodeName={name} {where} CPUs={self.cpus} Gres=gpu:4 State=UNKNOWN")
         import getpass
 
         text = CONFIGURATION.format(
@@ -184,6 +185,10 @@ class Cluster:
             user=getpass.getuser(), folder=self.folder, nodes="\n".join(nodes),
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(text)
+        for number in range(4):  # GPUs that are none: what a job is told of them is what Slurm tells of real ones
+            (self.folder / f"gpu{number}").symlink_to("/dev/null")
+        gpus = f"NodeName={','.join(self.names)} Name=gpu File={self.folder}/gpu[0-3] Flags=nvidia_gpu_env\n"
+        (self.folder / "gres.conf").write_text(gpus)
         known = [f"127.0.0.1 localhost\n{self.subnet}.1 {host}"]
         for number, name in enumerate(self.names, 1):
             known += [f"{self.subnet}.{10 + number} {name}", f"::ffff:{self.subnet}.{10 + number} {name}"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -192,6 +194,13 @@ def test_nonsense_is_refused_before_it_waits_in_a_queue(toy, words, told):
 def test_gpus_that_sbatch_is_asked_for_count_too(toy, capsys):
     submit.main([str(toy()), "--launch", "zero3", "--dry-run", "--", "--gres=gpu:4"])
     assert "--gres=gpu:4" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck on this machine")
+def test_shellcheck_finds_nothing_in_the_scripts():
+    names = sorted(path.name for path in submit.scripts().glob("*.sh"))
+    told = subprocess.run(["shellcheck", "-x", *names], cwd=submit.scripts(), capture_output=True, text=True, check=False)
+    assert told.stdout == ""
 
 
 def test_without_slurm_it_says_so(toy, monkeypatch):
