@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results" / "faults_cluster.json"
+TIMES = ("queued", "first step", "first step when new")
 TEST = "test_whatever_befalls_a_job_it_goes_on"
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -63,15 +64,15 @@ def _count(seen: Sequence[Mapping[str, Any]], case: tuple[str, tuple[str]]) -> i
 
 
 def _table(seen: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield "layout             fault              survived  steps lost  s to the start  s from there to a step (medians)"
+    yield "layout             fault              survived  steps lost  s to the start  s to a step  of a new job (medians)"
     for layout, (fault,) in ALONE:
         found = [each for each in seen if (each["layout"], each["fault"]) == (layout, fault)]
         if not found:
             yield f"{layout:18} {fault:18} {0:8}"
             continue
         lost = max(each["lost"] for each in found)
-        queued, first = (statistics.median(each[key] for each in found) for key in ("queued", "first step"))
-        yield f"{layout:18} {fault:18} {len(found):8}  {lost:10}  {queued:14.1f}  {first:10.1f}"
+        queued, first, new = (statistics.median(each[key] for each in found) for key in TIMES)
+        yield f"{layout:18} {fault:18} {len(found):8}  {lost:10}  {queued:14.1f}  {first:11.1f}  {new:12.1f}"
 
 
 if __name__ == "__main__":

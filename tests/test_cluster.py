@@ -162,6 +162,13 @@ class Jobs:
             made.until(lambda: made.state(job) != "RUNNING", 120, lambda: self.log(job))
             made.boot(node)
 
+    def begins(self, job: int, name: str) -> float:
+        """Wait until a job trains; the seconds from its start to its first step."""
+        self.restarted(job, 0)
+        started = time.time()
+        self.at_step(job, name, 1)
+        return time.time() - started
+
     def goes_on(self, job: int, name: str, restarts: int) -> dict[str, float]:
         """Wait until a job that was struck trains again; steps lost, and seconds to the start and from there to a step."""
         struck = time.time()
@@ -245,12 +252,12 @@ def test_whatever_befalls_a_job_it_goes_on(jobs, queued, layout, faults):
         pytest.skip("a node that is no namespace cannot be lost whole")
     asked = (*chosen.options, "--exclusive", "--time=60", "--signal=B:USR1@50")
     job = jobs.train(jobs.recipe(name), *chosen.words, options=asked)
-    seen = []
+    fresh, seen = jobs.begins(job, name), []
     for number, fault in enumerate(faults, 1):
         at = jobs.step(name) + 10
         jobs.at_step(job, name, at if fault in GRACEFUL else max(at, LONG["save_steps"] + 3))
         jobs.strike(job, fault)
-        seen.append({"fault": fault, **jobs.goes_on(job, name, number)})
+        seen.append({"fault": fault, **jobs.goes_on(job, name, number), "first step when new": fresh})
         assert seen[-1]["lost"] <= (0 if fault in GRACEFUL else LONG["save_steps"])
     found = jobs.complete(job)
     assert int(found["Restarts"]) == len(faults)
