@@ -39,6 +39,7 @@ LONG = {
     "save_strategy": "steps",
     "save_steps": 20,
     "save_total_limit": 2,
+    "learning_rate": 1e-3,
 }
 STEPS = 150
 
