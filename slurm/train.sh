@@ -28,13 +28,15 @@ wait $! || exit
 run=${plan[0]} before=${plan[1]} nodes=${plan[2]} arguments=("${plan[@]:3}")
 
 # Each process of the training has handlers of its own. The launcher would give them 30 seconds after a signal, and what is
-# still importing would die of it: both are told again. A node that failed waits for the others to say why they ended.
+# still importing would die of it: both are told again. A node that ends otherwise than well ends the others, but lets them say
+# why they ended; of a request to stop (130) it is the first node that tells, whose processes may still be saving.
 export PET_SIGNALS_TO_HANDLE=SIGINT
 # shellcheck disable=SC2016  # expanded on each node
 on_each='trap "" TERM USR1
 "$@" --machine-rank "$SLURM_NODEID"
 status=$?
-((status == 0 || SLURM_STEP_NUM_NODES == 1)) || sleep 15
+((status != 130 || SLURM_NODEID == 0)) || exit 0
+((status == 0 || SLURM_STEP_NUM_NODES == 1)) || sleep 10
 exit $status'
 on_nodes --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" bash -c "$on_each" node \
     "${WRAPPER[@]}" python3 -m scalepeft "${arguments[@]}" &
