@@ -110,17 +110,17 @@ def verdict(run: Run, before: str, *, cause: str, restarts: int, most: int) -> t
     job, if anything did. Exit statuses say little: launchers give the same for a crash and for a request to stop.
     """
     record = run.record if not before or _stamp(run) != before else {}
-    status, reason = record.get("status"), record.get("reason")
+    status = record.get("status")
     if status == "complete":
         return 0, f"{run.path}: complete"
     stopped = cause or ("asked to stop" if status == "interrupted" else "")
     if not stopped or (status == "failed" and cause != LOST):  # it would fail again
-        told = reason or ("ended at once, without a word of its own" if status else "ended before it began to train")
-        return 1, f"{run.path}: failed: {told}"
+        told = {"running": "failed: it ended without a word of its own", None: "failed before it began to train"}
+        return 1, f"{run.path}: {told.get(status, 'failed')}"  # it has said why itself
     if restarts >= most:
         told = f"{stopped}, and {MOST_RESTARTS} allows no more than {most} restarts; the same command goes on"
         return 1, f"{run.path}: {told}"
-    return REQUEUE, f"{run.path}: {stopped}; queued again, to go on{f' ({reason})' if reason else ''}"
+    return REQUEUE, f"{run.path}: {stopped}; queued again, to go on"
 
 
 def preempted(job: str) -> bool:
