@@ -115,8 +115,8 @@ def verdict(run: Run, before: str, *, cause: str, restarts: int, most: int) -> t
         return 0, f"{run.path}: complete"
     stopped = cause or ("asked to stop" if status == "interrupted" else "")
     if not stopped or (status == "failed" and cause != LOST):  # it would fail again
-        told = {"running": "failed: it ended without a word of its own", None: "failed before it began to train"}
-        return 1, f"{run.path}: {told.get(status, 'failed')}"  # it has said why itself
+        said = {"running": "failed: it ended without a word of its own", None: "failed before it began to train"}
+        return 1, f"{run.path}: {said.get(status, 'failed')}"  # the run itself has said why
     if restarts >= most:
         told = f"{stopped}, and {MOST_RESTARTS} allows no more than {most} restarts; the same command goes on"
         return 1, f"{run.path}: {told}"
