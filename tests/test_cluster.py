@@ -155,7 +155,7 @@ class Jobs:
         elif fault == "scontrol requeue":
             made.run("scontrol", "requeue", job)
         elif fault == "pre-emption":
-            words = ("--partition=high", "--exclusive", "--nodelist=node3", "--output=/dev/null", "--wrap=sleep 1")
+            words = ("--partition=high", "--cpus-per-task=4", "--nodelist=node3", "--output=/dev/null", "--wrap=sleep 1")
             assert made.ended(made.sbatch(*words, cwd=self.folder)) == "COMPLETED"
         elif fault.startswith("lost"):
             node = made.job(job)["BatchHost"] if "first" in fault else "node3"
@@ -251,7 +251,7 @@ def test_whatever_befalls_a_job_it_goes_on(jobs, queued, layout, faults):
     name = re.sub(r"\W+", "-", f"{layout} {' '.join(faults)}")
     if "lost node" in faults and not jobs.cluster.namespaces:
         pytest.skip("a node that is no namespace cannot be lost whole")
-    asked = (*chosen.options, "--exclusive", "--time=60", "--signal=B:USR1@50")
+    asked = (*chosen.options, "--cpus-per-task=4", "--time=60", "--signal=B:USR1@50")
     job = jobs.train(jobs.recipe(name), *chosen.words, options=asked)
     fresh, seen = jobs.begins(job, name), []
     for number, fault in enumerate(faults, 1):
