@@ -33,15 +33,15 @@ CLOSE = 1e-5
 STILL = {"config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
 LONG = {
     "per_device_train_batch_size": 1,
-    "num_train_epochs": 30,
+    "num_train_epochs": 16,
     "eval_strategy": "no",
     "eval_on_start": False,
     "save_strategy": "steps",
-    "save_steps": 20,
+    "save_steps": 10,
     "save_total_limit": 2,
     "learning_rate": 1e-3,
 }
-STEPS = 150
+STEPS = 80
 
 
 @dataclass(frozen=True)
