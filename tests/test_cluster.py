@@ -67,7 +67,8 @@ TOGETHER = [
     ("DDP on 2 nodes", ("pre-emption", "lost node")),
 ]
 """Layouts and the faults that befall one job after the other: the short form."""
-ALONE = [(layout, (fault,)) for layout in LAYOUTS for fault in (*GRACEFUL, "lost node", "lost first node")]
+ALONE = [(layout, (fault,)) for layout in LAYOUTS for fault in (*GRACEFUL, "lost node")]
+ALONE += [(layout, ("lost first node",)) for layout in LAYOUTS if layout != "1 process"]
 CASES = [pytest.param(*case, id=f"{case[0]}, {', '.join(case[1])}") for case in TOGETHER]
 CASES += [pytest.param(*case, id=f"{case[0]}, {case[1][0]}, alone", marks=pytest.mark.long) for case in ALONE]
 
