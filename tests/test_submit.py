@@ -192,8 +192,11 @@ def test_nonsense_is_refused_before_it_waits_in_a_queue(toy, words, told):
 
 
 def test_gpus_that_sbatch_is_asked_for_count_too(toy, capsys):
-    submit.main([str(toy()), "--launch", "zero3", "--dry-run", "--", "--gres=gpu:4"])
-    assert "--gres=gpu:4" in capsys.readouterr().out
+    submit.main([str(toy()), "--launch", "zero3", "--then", "merge", "--dry-run", "--", "--gres=gpu:4", "--time=10"])
+    training, merging = capsys.readouterr().out.splitlines()
+    assert " --gres=gpu:4 --time=10 " in training
+    assert "gpu" not in merging
+    assert " --time=10 " in merging
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck on this machine")

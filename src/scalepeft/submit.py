@@ -24,7 +24,8 @@ FOLLOWING = ("evaluate", "merge", "push")
 """The verbs that may follow a training."""
 
 _HELP = """
-What follows `--` is given to sbatch for every job: -- --partition=a100 --account=nlp --time=4:00:00
+What follows `--` is given to sbatch, as --name=value: -- --partition=a100 --account=nlp --time=4:00:00
+All jobs get it, but of GPUs only those that can use some.
 
 --then VERB queues what shall follow when the training is complete, each after the one before it; the run directory is put after
 the verb: --then evaluate --then 'merge --output merged' --then 'push --repo-id alice/film-reviews'
@@ -106,22 +107,17 @@ def checked(options: argparse.Namespace, for_sbatch: Sequence[str]) -> list[str]
     nodes, gpus = options.nodes, options.gpus_per_node
     if nodes < 1 or gpus < 0:
         raise UserError(f"command line: {'--nodes' if nodes < 1 else '--gpus-per-node'}: is below {int(nodes < 1)}")
-    elsewhere = any("gpu" in word or word.startswith(("--gres", "-G")) for word in for_sbatch)
-    if options.launch is None and not elsewhere:
+    elsewhere = any(map(_of_gpus, for_sbatch))
+    if options.launch or not elsewhere:
         cluster.layout_words(options, nodes, gpus)
-    words = [word for word in ("--cpu",) if options.cpu]
-    if options.num_processes is not None:
-        words += ["--num-processes", str(options.num_processes)]
-    if options.launch is None:
-        return words
-    cluster.layout_words(options, nodes, gpus)
-    chosen = launch.layout(options.launch)
-    if not (gpus or elsewhere or options.cpu or chosen.use_cpu):
+    if options.launch and not (gpus or elsewhere or options.cpu or launch.layout(options.launch).use_cpu):
         told = "needs GPUs: give --gpus-per-node N, or --cpu to run it on CPUs"
         raise UserError(f"command line: --launch {options.launch}: {told}")
-    if gpus and options.num_processes is not None and options.num_processes > nodes * gpus and not options.cpu:
+    if gpus and not options.cpu and (options.num_processes or 0) > nodes * gpus:
         raise UserError(f"command line: --num-processes: {options.num_processes} are more than {nodes} x {gpus} GPUs")
-    return ["--launch", options.launch, *words]
+    words = ["--launch", options.launch] if options.launch else []
+    words += ["--cpu"] if options.cpu else []
+    return [*words, *(["--num-processes", str(options.num_processes)] if options.num_processes is not None else [])]
 
 
 def requested(options: argparse.Namespace, name: str, for_sbatch: Sequence[str], number: str = "%j") -> list[str]:
@@ -178,11 +174,20 @@ def _following(options: argparse.Namespace, recipe: Recipe, for_sbatch: Sequence
         if verb == "push" and not {"--repo-id"} & set(words) and not recipe.training.get("hub_model_id"):
             raise UserError("command line: --then push: names no repository; give 'push --repo-id USER/NAME'")
         gpu = ["--gpus-per-node=1"] if verb == "evaluate" and options.gpus_per_node else []
-        asked = [*named(f"{recipe.name}-{verb}"), *gpu, *for_sbatch]
+        asked = [*named(f"{recipe.name}-{verb}"), *gpu, *(for_sbatch if verb == "evaluate" else without_gpus(for_sbatch))]
         words = [str(recipe.output_dir), *words]
         jobs.append(Job(name=verb, script=f"{verb}.sh", words=words, options=asked, after=f"afterok:{before}"))
         before = verb
     return jobs
+
+
+def without_gpus(for_sbatch: Sequence[str]) -> list[str]:
+    """The options of sbatch for a job that needs no GPU."""
+    return [word for word in for_sbatch if not _of_gpus(word)]
+
+
+def _of_gpus(word: str) -> bool:
+    return "gpu" in word or word.startswith(("--gres", "-G"))
 
 
 def named(name: str, number: str = "%j") -> list[str]:

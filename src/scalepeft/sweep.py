@@ -169,7 +169,7 @@ class Sweep:
         asked = [f"--array=0-{len(tasks) - 1}", *submit.requested(options, name, for_sbatch, "%A_%a")]
         jobs = [submit.Job(name="runs", script="train.sh", words=["--points", str(self.folder / ARRAY), *words], options=asked)]
         again = [self.recipe, *self.overrides, "--output-dir", str(self.folder)]
-        asked = [*submit.named(f"{name}-compare"), *for_sbatch]
+        asked = [*submit.named(f"{name}-compare"), *submit.without_gpus(for_sbatch)]
         after = "afterany:runs" if tasks else None
         jobs.append(submit.Job(name="compare", script="compare.sh", words=again, options=asked, after=after))
         submit.queue(jobs if tasks else jobs[1:], dry_run=options.dry_run)
