@@ -252,7 +252,7 @@ def test_whatever_befalls_a_job_it_goes_on(jobs, queued, layout, faults):
     name = re.sub(r"\W+", "-", f"{layout} {' '.join(faults)}")
     if "lost node" in faults and not jobs.cluster.namespaces:
         pytest.skip("a node that is no namespace cannot be lost whole")
-    asked = (*chosen.options, "--cpus-per-task=4", "--time=60", "--signal=B:USR1@50")
+    asked = (*chosen.options, "--cpus-per-task=4", "--time=60", "--signal=B:USR1@100")
     job = jobs.train(jobs.recipe(name), *chosen.words, options=asked)
     fresh, seen = jobs.begins(job, name), []
     for number, fault in enumerate(faults, 1):
