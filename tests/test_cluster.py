@@ -62,8 +62,7 @@ TIME_LIMIT = "time limit"
 GRACEFUL = (TIME_LIMIT, "scancel --signal", "scontrol requeue", "pre-emption")
 """Faults before which there is time to save."""
 TOGETHER = [
-    ("1 process", (TIME_LIMIT,)),
-    ("1 process", ("scancel --signal", "scontrol requeue")),
+    ("1 process", ("scancel --signal", "scontrol requeue", TIME_LIMIT)),
     ("DDP on 2 nodes", ("pre-emption", "lost node")),
 ]
 """Layouts and the faults that befall one job after the other: the short form."""
