@@ -64,8 +64,10 @@ def test_without_a_layout_every_gpu_has_a_process_or_every_node(capsys, toy, mon
 
 
 def test_without_a_recipe_it_is_that_of_the_front_page(capsys, assets):  # noqa: ARG001  # the assets must be there
-    assert plan(capsys, "training.max_steps=2")[0] == "runs/quickstart"
-    assert plan(capsys)[3:4] == ["train"]
+    for words in ([], ["training.max_steps=2"]):
+        run, _, _, *arguments = plan(capsys, *words)
+        assert run == "runs/quickstart"
+        assert arguments[: len(words) + 3] == ["train", "quickstart", *words, "--launch"]
 
 
 def test_ports_differ_between_neighbours_and_between_restarts():

@@ -66,7 +66,8 @@ def plan_main(arguments: Sequence[str]) -> int:
     if restarts > _most():
         raise UserError(f"the job has been started anew {restarts} times; {MOST_RESTARTS} allows {_most()}")
     words = _point(options.points) if options.points else options.words
-    recipe = recipes.load(*_recipe_and_overrides(words))
+    name, overrides = _recipe_and_overrides(words)
+    recipe = recipes.load(name, overrides)
     fetch.missing_inputs(recipe)
     if options.fresh and not restarts:  # a job that is started anew goes on with what it began
         move_aside(recipe)
@@ -79,7 +80,7 @@ def plan_main(arguments: Sequence[str]) -> int:
         run=recipe.output_dir,
         before="" if state == "complete" else _stamp(Run(recipe.output_dir)),
         nodes=nodes,
-        arguments=["train", *words, *layout_words(options, nodes, gpus), *_meeting(options.head, nodes)],
+        arguments=["train", name, *overrides, *layout_words(options, nodes, gpus), *_meeting(options.head, nodes)],
     )
     print(*found.words(), sep="\0", end="\0")
     return 0
