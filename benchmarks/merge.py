@@ -5,7 +5,8 @@
 A model of at least 4 GB in bf16, its largest tensor below 100 MB, is built from a configuration with random weights, and a LoRA
 of rank 16 on all its linear layers. Each way writes the merged shards, in a process of its own, in turns. Counted is what a way
 does after its imports; the proof is left out. Memory is anonymous memory at its highest over what the interpreter with its
-imports holds: pages of mapped files are the system's to drop. Exits with status 1 when a claim does not hold.
+imports holds: pages of mapped files are the system's to drop. Then the memory alone of merging each type whose rows are
+merged one after the other, in a small model whose largest layers have 100 MB. Exits with status 1 when a claim does not hold.
 """
 
 from __future__ import annotations
@@ -37,6 +38,19 @@ SHAPE = {
 SHARD = 10**9
 RANK, ALPHA = 16, 8
 
+WIDE = SHAPE | {"intermediate_size": 19456, "num_hidden_layers": 2}
+"""Its MLP's matrices have 99.6 MB each in bf16."""
+TYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA": ("LORA", {"r": 16}),
+    "DoRA": ("LORA", {"r": 16, "use_dora": True}),
+    "LoRA of the embedding": ("LORA", {"r": 16, "target_modules": ["q_proj", "embed_tokens"]}),
+    "AdaLoRA": ("ADALORA", {"total_step": 10}),
+    "IA3": ("IA3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "LoHa": ("LOHA", {}),
+    "VeRA": ("VERA", {}),
+}
+"""Types, and what they are given beside all linear layers as their targets."""
+
 MOST_MEMORY = 400e6
 MOST_TIME = 2.0
 """Of the bare loop's."""
@@ -49,37 +63,59 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the model and what is written from it go")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--types", action="store_true", help="only the memory of each type, beside the figures that are there")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
         print(json.dumps(measured(WAYS[options.way], options.folder)))
         return 0
     options.folder.mkdir(parents=True, exist_ok=True)
-    if not (options.folder / "adapter" / "adapter_model.safetensors").is_file():
-        subprocess.run(
-            [sys.executable, "-c", f"import merge, pathlib; merge.build(pathlib.Path({str(options.folder)!r}))"],
-            cwd=ROOT / "benchmarks",
-            check=True,
-        )
+    result = json.loads(RESULT.read_bytes()) if options.types else ways(options.folder, options.repetitions)
+    result["types"] = types(options.folder)
+    result["claims"] = judged(result["ways"], result["types"])
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result["claims"], indent=2))
+    return 0 if all(claim["holds"] for claim in result["claims"].values()) else 1
+
+
+def ways(folder: Path, repetitions: int) -> dict[str, Any]:
+    """Each way in turns, on the large model."""
+    built("build", folder, folder / "adapter")
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for _ in range(options.repetitions):
+    for _ in range(repetitions):
         for way in WAYS:
-            found[way].append(one(way, options.folder))
+            found[way].append(one(way, folder))
             print(way, found[way][-1], flush=True)
     summary = {
         way: {name: statistics.median(run[name] for run in runs) for name in runs[0]} | {"runs": runs}
         for way, runs in found.items()
     }
-    claims = judged(summary)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(
-        json.dumps({"model": model(options.folder), "machine": machine(), "ways": summary, "claims": claims}, indent=2) + "\n"
-    )
-    print(json.dumps(claims, indent=2))
-    return 0 if all(claim["holds"] for claim in claims.values()) else 1
+    return {"model": model(folder), "machine": machine(), "ways": summary}
 
 
-def judged(ways: dict[str, Any]) -> dict[str, Any]:
+def types(folder: Path) -> dict[str, float]:
+    """The memory of merging each type, in bytes."""
+    found = {}
+    for name in TYPES:
+        place = folder / name.replace(" ", "-")
+        built("build_type", place, place / "adapter", name)
+        found[name] = one("merge", place)["memory"]
+        print(name, found[name], flush=True)
+        shutil.rmtree(place)
+    return found
+
+
+def built(function: str, folder: Path, result: Path, *given: str) -> None:
+    """Let a process of its own build what is not there yet."""
+    if (result / "adapter_model.safetensors").is_file():
+        return
+    told = ", ".join([f"pathlib.Path({str(folder)!r})", *map(repr, given)])
+    code = f"import merge, pathlib; merge.{function}({told})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", check=True)
+
+
+def judged(ways: dict[str, Any], types: dict[str, float]) -> dict[str, Any]:
     """The claims and whether they hold."""
     ours, bare, peft = (ways[way] for way in ("merge", "bare", "peft"))
     values = {
@@ -87,12 +123,23 @@ def judged(ways: dict[str, Any]) -> dict[str, Any]:
         "time against the bare loop": (ours["seconds"] / bare["seconds"], MOST_TIME),
         "time against peft": (ours["seconds"] / peft["seconds"], 1.0),
         "memory against peft": (ours["memory"] / peft["memory"], MOST_OF_PEFT),
+        "anonymous memory of any type, bytes": (max(types.values()), MOST_MEMORY),
     }
     return {name: {"found": found, "at_most": most, "holds": found <= most} for name, (found, most) in values.items()}
 
 
 def build(folder: Path) -> None:
-    """The base, its tokenizer and the adapter."""
+    """The base of at least 4 GB, its tokenizer and a LoRA."""
+    made(folder, SHAPE, "LORA", {"r": RANK, "lora_alpha": ALPHA})
+
+
+def build_type(folder: Path, name: str) -> None:
+    """The base with large layers, its tokenizer and an adapter of a type."""
+    made(folder, WIDE, *TYPES[name])
+
+
+def made(folder: Path, shape: dict[str, Any], kind: str, options: dict[str, Any]) -> None:
+    """A base with random weights in bf16 with its tokenizer, and an adapter for it."""
     import peft
     import torch
     from tokenizers import Tokenizer, models
@@ -100,17 +147,17 @@ def build(folder: Path) -> None:
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    base = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=20, max_position_embeddings=512, dtype="bfloat16"))
+    base = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=20, max_position_embeddings=512, dtype="bfloat16"))
     base.save_pretrained(folder / "base", max_shard_size=SHARD)
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1}, unk_token="[UNK]"))  # noqa: S106  # no password
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder / "base")  # noqa: S106
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(base, config)
+    given = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+    adapted = peft.get_peft_model(base, peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**given))
     adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.02)
-    adapted.save_pretrained(folder / "adapter")
+    adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
 
 
 def model(folder: Path) -> dict[str, Any]:

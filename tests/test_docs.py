@@ -74,6 +74,8 @@ LONG = {
     "scalepeft sweep quickstart 'adapter.r=[4,8]' 'training.learning_rate=[1e-3,3e-4]'": TINY,
     "scalepeft merge runs/quickstart --output merged": "",
     "scalepeft merge runs/quickstart --output merged-bf16 --dtype bfloat16 --verify reviews.csv": "",
+    "scalepeft export runs/quickstart --format onnx --output exported-onnx": "",
+    "scalepeft export runs/quickstart_sft --format gguf --outtype q8_0 --output exported-gguf": "",
 }
 """Commands that train or load a model, with what makes them tiny. Those of GPUs run as processes on the CPU."""
 ON_A_CLUSTER = [

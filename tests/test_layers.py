@@ -17,7 +17,7 @@ from scalepeft.cli import COMMANDS
 LAYERS = (
     ("errors", "upstream", "document", "console"),
     ("adapter_rules", "stream_rules", "check", "recipe"),
-    ("launch", "ranks", "run", "schema", "assets", "fetch", "cluster"),
+    ("launch", "ranks", "run", "schema", "beside", "assets", "fetch", "cluster"),
     (
         "engines",
         "checkpoint",
@@ -59,6 +59,14 @@ LAYERS = (
         "orders",
         "proof",
         "merge",
+        "export_source",
+        "export_vllm",
+        "export_lora",
+        "export_onnx",
+        "gguf_tokenizer",
+        "export_gguf",
+        "export",
+        "export_proof",
         "plan",
         "train",
     ),

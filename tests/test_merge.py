@@ -191,14 +191,30 @@ def test_each_kind_of_layer_is_merged_as_peft_does(layer, bases, tmp_path):
     agree(folded(order(bases[which], which, folder)), by_peft(bases[which], which, folder))
 
 
-def test_row_by_row_is_within_a_unit_in_the_last_place(bases, tmp_path, monkeypatch):
-    folder = adapter(bases[ENCODER], ENCODER, tmp_path / "adapter", target_modules="all-linear", r=4)
-    expected = by_peft(bases[ENCODER], ENCODER, folder)
+BY_ROWS = {
+    "LoRA": (ENCODER, "LORA", {"target_modules": "all-linear", "r": 4}),
+    "DoRA": (DECODER, "LORA", {"target_modules": "all-linear", "r": 4, "use_dora": True}),
+    "LoRA of Conv1D": (CONV, "LORA", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "LoRA of an embedding": (ENCODER, "LORA", {"target_modules": ["word_embeddings"]}),
+    "AdaLoRA": (DECODER, "ADALORA", {"target_modules": ["q_proj", "down_proj"]}),
+    "IA3": (DECODER, "IA3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "LoHa": (DECODER, "LOHA", {"target_modules": ["q_proj", "down_proj"]}),
+    "VeRA": (DECODER, "VERA", {"target_modules": ["q_proj", "up_proj"]}),
+}
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_row_by_row_is_within_a_unit_in_the_last_place(name, bases, tmp_path, monkeypatch):
+    which, kind, options = BY_ROWS[name]
+    folder = adapter(bases[which], which, tmp_path / "adapter", kind, **options)
+    expected = by_peft(bases[which], which, folder)
     monkeypatch.setattr(folding, "BLOCK", 2048)
-    fold = Fold(order(bases[ENCODER], ENCODER, folder))
+    fold = Fold(order(bases[which], which, folder))
     slots = [slot for group in fold.slots() for slot in group]
-    assert any(len(list(fold.parts(slot))) > 1 for slot in slots)
-    agree(folded(order(bases[ENCODER], ENCODER, folder)), expected, last_places=1)
+    parts = {slot.name: list(fold.parts(slot)) for slot in slots}
+    adapted = [slot for slot in slots if slot.key in {f"{unit}.weight" for unit in fold.units}]
+    assert all(len(parts[slot.name]) > 1 for slot in adapted if slot.bytes > 2048)
+    agree({slot.name: torch.cat(parts[slot.name]) for slot in slots}, expected, last_places=1)
 
 
 def test_a_trained_embedding_parts_from_the_head_that_shares_it(bases, tmp_path):
@@ -438,6 +454,18 @@ def test_the_base_nearer_to_what_was_trained_is_chosen(quantised, tmp_path, caps
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
 
 
+@pytest.mark.long
+def test_preferences_are_verified_by_their_own_loss(tiny_lm, tmp_path, monkeypatch):
+    here(monkeypatch, memory=2**40)
+    from conftest import train_here, write_chat
+
+    run = train_here(write_chat(tmp_path, tiny_lm, task="preference"))
+    run_merge(run.path, "--output", tmp_path / "merged", "--verify", tmp_path / "pairs_test.jsonl")
+    found = json.loads((tmp_path / "merged/merge.json").read_text())["verify"]
+    assert found["adapter_on_base"]["loss"] == pytest.approx(run.record["metrics"]["after"]["loss"], abs=1e-6)
+    assert found["merged_on_original"]["loss"] == pytest.approx(found["adapter_on_base"]["loss"], abs=1e-5)
+
+
 def test_the_original_base_is_merged_into_when_asked(quantised, bases, tmp_path, monkeypatch):
     here(monkeypatch, memory=2**40)
     run_merge(quantised.path, "--output", tmp_path / "merged", "--base", "original")
@@ -674,6 +702,14 @@ def test_a_merge_that_was_killed_goes_on_with_its_shards(lora, tmp_path, monkeyp
     run_merge(*arguments)
     assert written == sorted(p.name for p in output.glob("*.safetensors"))[2:]
     assert {p.name for p in tmp_path.iterdir()} == {"merged"}
+
+
+def test_a_merge_that_was_killed_before_it_had_a_plan_begins_anew(lora, tmp_path):
+    (tmp_path / "merged.part").mkdir()
+    (tmp_path / "merged.part" / proof.INPUTS).write_bytes(b"half")
+    run_merge(lora, "--output", tmp_path / "merged", "--no-proof")
+    assert (tmp_path / "merged" / "merge.json").is_file()
+    assert not (tmp_path / "merged.part").exists()
 
 
 def test_another_order_begins_anew(lora, tmp_path):

@@ -564,6 +564,26 @@ def test_a_merged_model_is_pushed_with_the_card_of_its_run(merged, hub, pushed, 
     assert answers(client, re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], merged.parent) < 1e-4
 
 
+def test_the_card_of_a_merged_model_tells_the_merge(merged):
+    told = json.loads((merged / "merge.json").read_text())
+    told |= {"merged_on": "dequantized", "reason": "nearer to what was trained"}
+    told["proof"] = {"method": "logits", "rows": 32, "max_difference": 1.25e-5, "bound": 1e-4}
+    told["verify"] = {
+        "rows": 32,
+        "loss_rows": 70,
+        "adapter_on_base": {"loss": 0.51},
+        "merged_on_dequantized": {"loss": 0.5125, "mean_difference": 0.001, "max_difference": 0.02},
+    }
+    (merged / "merge.json").write_text(json.dumps(told))
+    files = push.pack_run(Run(merged.parent), "alice/x", base="a/b", merged=merged, with_adapter=False)
+    (text,) = (file.content.decode() for file in files if file.path == "README.md")
+    _, _, section = text.partition("## The merge\n\n")
+    assert section.startswith("Merged into the dequantized weights of the base: nearer to what was trained.")
+    assert "the logits of 32 rows differ by at most 1.2e-05 (allowed: 0.0001)" in section
+    assert "the loss over 70" in section
+    assert "| merged on dequantized | 0.5125 | 0.001 | 0.02 |" in section
+
+
 def test_a_merged_model_and_its_adapter_in_one_repository(merged):
     files = {
         file.path: file for file in push.pack_run(Run(merged.parent), "alice/x", base="a/b", merged=merged, with_adapter=True)
@@ -582,6 +602,7 @@ def test_a_run_is_merged_proved_and_pushed(complete, hub, pushed, client, repo, 
     given = (tmp_path / "run", "--repo-id", repo, "--merge", "--with-adapter", "--base", "alice/base")
     assert pushed(*given)[0] == 0
     text = hub.read(repo, "README.md").decode()
+    assert "A fresh process compared what was written with base and adapter: the logits of" in text
     code = re.search(r"```python\n(.*?)# or the adapter", text, re.DOTALL)[1]
     assert answers(client, code, complete.path) < 1e-4
     assert {"model.safetensors", f"adapter/{ADAPTER}"} <= set(hub.files(repo))

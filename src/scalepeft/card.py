@@ -79,9 +79,14 @@ def base_of(run: Run, named: str | None) -> Origin:
     return replace(there, licence=there.licence or here.licence)
 
 
-def card(run: Run, repo_id: str, base: Origin, *, merged: bool, adapter_in: str | None, pictures: Sequence[str]) -> str:
-    """README.md of a repository that holds a run's result: its adapter at `adapter_in`, its whole model, or both."""
-    recipe, record = run.recipe(), run.record
+def card(
+    run: Run, repo_id: str, base: Origin, *, merge: Mapping[str, Any] | None, adapter_in: str | None, pictures: Sequence[str]
+) -> str:
+    """README.md of a repository that holds a run's result: its adapter at `adapter_in`, its whole model, or both.
+
+    `merge` is what merge.json says of the merged model, where that is published.
+    """
+    recipe, record, merged = run.recipe(), run.record, merge is not None
     rows = {key: _data(source, record) for key, source in fetch.sources(recipe)}
     kind = _kind(recipe)
     versions = {name: version for name, version in record["versions"].items() if name != "platform"}
@@ -91,6 +96,7 @@ def card(run: Run, repo_id: str, base: Origin, *, merged: bool, adapter_in: str 
         f"{made}: {_TASKS[recipe.task][2]}, from {base.shown}, trained by scalepeft from the recipe below."
         + ("" if base.hub_id else " The base was a folder of the machine that trained; the Hub does not have it by this name."),
         f"## Results\n\n{_results(record)}",
+        _merged(merge or {}),
         "\n\n".join(f"![{Path(name).stem}]({name})" for name in pictures),
         f"## How to load it\n\n```python\n{_loading(recipe, record, repo_id, base, merged=merged, adapter_in=adapter_in)}\n```",
         _sample(record),
@@ -263,6 +269,31 @@ def _results(record: Mapping[str, Any]) -> str:
         f"{_table(('set', 'figure', 'before', 'after'), lines)}\n\n"
         f"A fresh process reloaded what was saved and got the trained model's answers{said}; `run.json` has all figures."
     )
+
+
+def _merged(merge: Mapping[str, Any]) -> str:
+    """Into what the adapter was merged, how the merge was proved, and what --verify measured."""
+    if "merged_on" not in merge:
+        return ""
+    why = f": {merge['reason']}" if merge.get("reason") else ""
+    told = [f"Merged into the {merge['merged_on']} weights of the base{why}."]
+    if proof := merge.get("proof"):
+        of = (
+            f"the logits of {proof['rows']} rows" if proof["method"] == "logits" else f"the answers of {proof['layers']} layers"
+        )
+        far = f"by at most {proof['max_difference']:.2g} (allowed: {proof['bound']:.2g})"
+        told.append(f"A fresh process compared what was written with base and adapter: {of} differ {far}.")
+    lines = []
+    for name, found in (merge.get("verify") or {}).items():
+        if isinstance(found, dict):
+            figures = (found.get(key) for key in ("loss", "mean_difference", "max_difference"))
+            lines.append((name.replace("_", " "), *("-" if value is None else f"{value:.4g}" for value in figures)))
+    if lines:
+        verify = merge["verify"]
+        loss = f", the loss over {verify['loss_rows']}" if "loss_rows" in verify else ""
+        head = ("", "loss", "logits differ on average", "at most")
+        told.append(f"Measured: the logits over {verify['rows']} rows{loss}.\n\n{_table(head, lines)}")
+    return f"## The merge\n\n{' '.join(told)}"
 
 
 def _loading(

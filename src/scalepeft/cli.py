@@ -21,6 +21,7 @@ COMMANDS = {
     "sweep": ("scalepeft.sweep:main", "train a recipe with every combination of some values"),
     "submit": ("scalepeft.submit:main", "queue a training, and what follows it, as jobs of Slurm's"),
     "merge": ("scalepeft.merge:main", "fold an adapter into its base"),
+    "export": ("scalepeft.export:main", "write a model for vLLM, onnxruntime or llama.cpp"),
     "push": ("scalepeft.push:main", "publish a run or a merged model on the Hub"),
 }
 """Each verb's function, as `module:function`, and what it does."""

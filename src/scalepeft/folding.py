@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
-from peft.tuners import lora
+from peft.tuners import adalora, ia3, loha, lora, vera
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError
@@ -56,15 +57,19 @@ def attached(base: Any, order: Order) -> PeftModel:
     model = None
     for number, folder in enumerate(order.adapters):
         name = "default" if number == 0 else f"adapter_{number}"
-        trained_on, saved = _readable(folder)
+        config, saved = _readable(folder)
+        trained_on = config.base_model_name_or_path
         other = f"{folder}: was trained on {trained_on or 'a base it does not name'} and does not fit {order.base_name}"
         try:
             with warnings.catch_warnings():  # peft warns of what is checked below
                 warnings.filterwarnings("ignore", message="Some weights of PeftModel|Found missing adapter keys")
+                # DoRA would begin with the norms of all weights, to be overwritten; PiSSA and others change weights then
+                plain = getattr(config, "use_dora", False) and isinstance(config.init_lora_weights, bool)
+                given = {"adapter_name": name, "torch_device": "cpu", "low_cpu_mem_usage": plain}
                 if model is None:
-                    model = PeftModel.from_pretrained(base, folder, adapter_name=name, torch_device="cpu")
+                    model = PeftModel.from_pretrained(base, folder, **given)
                 else:
-                    model.load_adapter(folder, name, torch_device="cpu")
+                    model.load_adapter(folder, **given)
             built = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
             wide = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=True)  # an option of upstream's
         except _RAISES as error:
@@ -79,8 +84,8 @@ def attached(base: Any, order: Order) -> PeftModel:
     return model
 
 
-def _readable(folder: str) -> tuple[str | None, Mapping[str, torch.Tensor]]:
-    """The base that an adapter names, and its tensors."""
+def _readable(folder: str) -> tuple[PeftConfig, Mapping[str, torch.Tensor]]:
+    """An adapter's configuration and its tensors."""
     try:
         config, saved = PeftConfig.from_pretrained(folder), load_peft_weights(folder, device="cpu")
     except _RAISES as error:
@@ -93,7 +98,7 @@ def _readable(folder: str) -> tuple[str | None, Mapping[str, torch.Tensor]]:
     if str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
         told = "was saved with the part that fast PiSSA takes from the base, which is another at each drawing"
         raise UserError(f"{folder}: {told}; save it with path_initial_model_for_weight_conversion")
-    return config.base_model_name_or_path, saved
+    return config, saved
 
 
 def _made_again(config: PeftConfig, key: str) -> bool:
@@ -194,37 +199,40 @@ class Fold:
             yield from _rounded(self.base.value(slot.key, _held(self.base.model, slot.key)), slot.dtype)
 
     def _in_blocks(self, unit: str) -> bool:
-        """Whether a module is merged row by row: a large linear layer with LoRA as it is at its plainest.
-
-        Each value is the same sum then; other types and variants look at the weight as a whole.
-        """
+        """Whether a module is merged row by row: a large layer whose type treats each row of the weight for itself."""
         module = self.base.model.get_submodule(unit)
+        base: Any = getattr(module, "base_layer", None)
+        variants = getattr(module, "lora_variant", {}).values()
         return (
-            type(module) is lora.Linear
-            and type(module.base_layer) is torch.nn.Linear
+            (type(module), type(base)) in _ROWS
             and unit not in self._ready
-            and module.base_layer.weight.numel() * 4 > BLOCK
-            and not any(name in module.lora_variant or module.lora_bias[name] for name in module.lora_A)
+            and base.weight.numel() * 4 > BLOCK
+            and not any(getattr(module, "lora_bias", {}).values())
+            and all(isinstance(variant, DoraLinearVariant) and type(base) is torch.nn.Linear for variant in variants)
+            and (type(module) is not ia3.Linear or base.bias is None)  # which it scales, too
         )
 
     def _merged_blocks(self, unit: str, slot: Slot) -> Iterator[torch.Tensor]:
-        """The rows of a weight plus those of peft's delta, block by block; a bias stays as it is."""
+        """A weight after peft's own merge of a block of its rows at a time; a bias stays as it is."""
         module = self.base.model.get_submodule(unit)
-        value = self.base.value(slot.key, _held(module.base_layer, slot.key.removeprefix(f"{unit}.")))
+        base = module.base_layer
+        value = self.base.value(slot.key, _held(base, slot.key.removeprefix(f"{unit}.")))
         if slot.key != f"{unit}.weight":
             yield from _rounded(value, slot.dtype)
             return
-        names = [name for name in module.active_adapters if name in module.lora_A]
-        whole = {name: module.lora_B[name].weight for name in names}
+        whole, parts = base.weight, list(_parts(module, slot.shape[0]))
         step = max(1, BLOCK // (4 * slot.shape[1]))
         for start in range(0, slot.shape[0], step):
             block = value[start : start + step].to(torch.float32, copy=True)
-            for name in names:
-                module.lora_B[name].weight = torch.nn.Parameter(whole[name][start : start + step], requires_grad=False)
-                block += module.get_delta_weight(name)
-            yield block.to(slot.dtype)
-        for name in names:
-            module.lora_B[name].weight = whole[name]
+            base.weight = torch.nn.Parameter(block, requires_grad=False)
+            for owner, name, tensor, dim in parts:
+                owner[name] = tensor.detach().narrow(dim, start, len(block))
+            module.merge()
+            module.merged_adapters.clear()
+            yield base.weight.detach().to(slot.dtype)
+        base.weight = whole
+        for owner, name, tensor, _ in parts:
+            owner[name] = tensor
 
     def difference(self, unit: str, written: Mapping[str, torch.Tensor], rows: int) -> float:
         """The largest difference of a module's answers, unmerged, from those by its written tensors, to random inputs.
@@ -350,6 +358,28 @@ def _units(model: torch.nn.Module) -> Iterator[str]:
         ):
             last = name
             yield name
+
+
+_ROWS: Mapping[tuple[type, type], Mapping[str, int]] = {
+    (lora.Linear, torch.nn.Linear): {"lora_B": 0, "lora_magnitude_vector": 0},
+    (lora.Linear, Conv1D): {"lora_A": 1},
+    (lora.Embedding, torch.nn.Embedding): {"lora_embedding_A": 1},
+    (adalora.SVDLinear, torch.nn.Linear): {"lora_B": 0},
+    (ia3.Linear, torch.nn.Linear): {"ia3_l": 0},
+    (loha.Linear, torch.nn.Linear): {"hada_w1_a": 0, "hada_w2_a": 0},
+    (vera.Linear, torch.nn.Linear): {"vera_B": 0, "vera_lambda_b": 0},
+}
+"""What belongs to each row of a weight, and along which of its dimensions; everything else of a module, to all rows alike."""
+
+
+def _parts(module: torch.nn.Module, rows: int) -> Iterator[tuple[dict[str, Any], str, torch.Tensor, int]]:
+    """The tensors of an adapter that are divided with the rows of the weight: their owners, names and dimensions."""
+    for container, dim in _ROWS[type(module), type(module.base_layer)].items():
+        for owner in getattr(module, container, torch.nn.Module()).modules():
+            for held in (owner._parameters, owner._buffers):  # noqa: SLF001
+                for name, tensor in held.items():
+                    if tensor is not None and tensor.dim() > dim and tensor.shape[dim] >= rows:  # IA3 may scale columns
+                        yield held, name, tensor, dim
 
 
 def _is_whole(module: torch.nn.Module) -> bool:

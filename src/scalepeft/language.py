@@ -113,7 +113,8 @@ class Preference(CausalLM):
             source = {"revision": recipe.adapter["revision"]} if recipe.adapter.get("revision") else {}
             model.load_adapter(models.adapter_path(str(recipe.adapter["name_or_path"])), "ref", **source)
 
-    def _reference_log_probs(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference_log_probs(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the chosen and the rejected answers by the model that rewards are measured from (rows each)."""
         peft = isinstance(self.reference, PeftModel)
         without = use_adapter(self.reference, "ref" if "ref" in self.reference.peft_config else None) if peft else nullcontext()
         with without:
@@ -132,7 +133,13 @@ class Preference(CausalLM):
 
         A reward is beta times the log-ratio of the trained model to the reference, over the whole answers.
         """
-        before, now = self._reference_log_probs(batch), self._log_probs(model, batch)
+        return self.rewarded(model, batch, self.reference_log_probs(batch))
+
+    def rewarded(
+        self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], before: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """As `measure`, from the reference's log-probabilities as `reference_log_probs` gives them."""
+        now = self._log_probs(model, batch)
         rewards = [self.beta * (after - reference) for after, reference in zip(now, before, strict=True)]
         losses = -torch.nn.functional.logsigmoid(rewards[0] - rewards[1])
         return torch.stack([losses, *rewards, (batch["labels"] != IGNORED).float()], dim=-1)

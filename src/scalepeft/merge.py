@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from scalepeft import orders
+from scalepeft import beside, orders, proof
 from scalepeft import run as runs
 from scalepeft.console import quiet_upstream, say, table
-from scalepeft.errors import RunFailed, UserError, disk_full, one_line, program
+from scalepeft.errors import RunFailed, UserError, one_line, program
 from scalepeft.orders import Asked
 from scalepeft.proof import INPUTS, PLAN, RECIPE
 
@@ -41,14 +39,6 @@ COMBINATIONS = (
     "magnitude_prune",
     "magnitude_prune_svd",
 )
-
-SENTENCES = (
-    "The ship left the harbour at dawn, and nobody on the quay knew where it was bound.",
-    "Water boils at a lower temperature in the mountains than at the sea.",
-    "What I liked least about the film was its ending; the music, though, was wonderful.",
-    "She counted the coins twice: eleven, twelve, thirteen.",
-)
-"""The rows of the proof where neither a run nor --verify brings any."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -94,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def asked_for(source: Path) -> Asked:
+    """What `scalepeft merge` would do with a run or an adapter folder, without any option."""
+    return orders.asked(_parser().parse_args([str(source), "--output", "-"]))
+
+
 def merge(asked: Asked, output: Path, *, prove: bool = True) -> dict[str, Any]:
     """Write the merged model; returns what merge.json holds.
 
@@ -101,16 +96,16 @@ def merge(asked: Asked, output: Path, *, prove: bool = True) -> dict[str, Any]:
     shards that it has. Raises UserError for what does not fit, RunFailed when the model does not answer as it should.
     """
     started = time.monotonic()
-    part, identity = output.with_name(f"{output.name}.part"), asked.identity()
-    if _finished(output, part, identity):
+    identity = asked.identity()
+    if _finished(output, identity):
         return dict(json.loads((output / MANIFEST).read_bytes()))
-    with _writing(output, part):
+    with beside.writing(output, PLAN, ours=("model",)) as part:
         plan = _begun(asked, part, identity)
         order, reason = _choose(asked, part, plan)
         model = part / "model"
         shards, size = _in_memory(order, asked, model) if asked.in_memory else _write(order, asked, part, plan)
         _save_tokenizer(order, model)
-        proof = _proved(part, plan) if prove else None
+        found = _proved(part, plan) if prove else None
         record = {
             "base": order.base_name,
             "merged_on": "dequantized" if order.dequantized else "original",
@@ -119,7 +114,7 @@ def merge(asked: Asked, output: Path, *, prove: bool = True) -> dict[str, Any]:
             "combination": order.combination if len(order.adapters) > 1 else None,
             "files": shards,
             "total_size": size,
-            "proof": proof,
+            "proof": found,
             "verify": plan.get("measured"),
             "seconds": round(time.monotonic() - started, 1),
             "versions": runs.packages(),
@@ -135,53 +130,24 @@ def merge(asked: Asked, output: Path, *, prove: bool = True) -> dict[str, Any]:
 # --- beside, then renamed ---------------------------------------------------------------------------------------------
 
 
-def _finished(output: Path, part: Path, identity: str) -> bool:
-    """Whether the same merge is complete already. Raises UserError when the folder holds anything else."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file; give another --output")
-    if not output.exists() or not any(output.iterdir()):
-        if not output.absolute().parent.is_dir():
-            raise UserError(f"{output}: there is no folder {output.absolute().parent}")
-        return False
+def is_of(folder: Path, identity: str) -> bool:
+    """Whether a folder holds the complete model of the merge with this identity."""
     try:
-        same = json.loads((output / MANIFEST).read_bytes())["identity"] == identity
+        return bool(json.loads((folder / MANIFEST).read_bytes())["identity"] == identity)
     except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
+        return False
+
+
+def _finished(output: Path, identity: str) -> bool:
+    """Whether the same merge is complete already. Raises UserError when the folder holds anything else."""
+    if beside.is_free(output):
+        return False
+    if not is_of(output, identity):
         raise UserError(f"{output}: is not empty; give another --output, or remove it")
-    shutil.rmtree(part, ignore_errors=True)  # of a merge that was killed after its last step
+    # of a merge that was killed after its last step
+    shutil.rmtree(output.with_name(f"{output.name}.part"), ignore_errors=True)
     say(f"{output}: is complete already")
     return True
-
-
-@contextmanager
-def _writing(output: Path, part: Path) -> Iterator[None]:
-    """The folder beside is ours alone; what fails for good leaves nothing, what was interrupted is left to go on with."""
-    from filelock import FileLock, Timeout
-
-    if part.exists() and not (part / PLAN).is_file() and any(p.name not in (".lock", "model") for p in part.iterdir()):
-        raise UserError(f"{part}: is in the way and not of a merge; move it, or give another --output")
-    try:
-        part.mkdir(exist_ok=True)
-        lock = FileLock(part / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{output}: another process is merging there") from None
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):  # the shards that are complete are kept
-            raise
-        shutil.rmtree(part, ignore_errors=True)
-        if disk_full(error):
-            raise UserError(f"{output}: the disk is full; free space and give the same command again") from error
-        if isinstance(error, OSError):
-            raise UserError(f"{output}: cannot be written: {one_line(error)}") from error
-        raise
-    finally:
-        lock.release()
 
 
 def _begun(asked: Asked, part: Path, identity: str) -> dict[str, Any]:
@@ -213,34 +179,14 @@ def _begun(asked: Asked, part: Path, identity: str) -> dict[str, Any]:
             "data": {"train": {"path": asked.data}},
         }
         (part / RECIPE).write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    _save_rows(asked, part)
+    order = asked.order
+    proof.save_rows(part / INPUTS, asked.run, order.tokenizer, order.base_name, trust_remote_code=order.trust_remote_code)
     _keep(part, plan)
     return plan
 
 
 def _keep(part: Path, plan: Mapping[str, Any]) -> None:
     runs.write(part / PLAN, json.dumps(plan))
-
-
-def _save_rows(asked: Asked, part: Path) -> None:
-    """The rows of the proof: those by which the run was verified, or a few sentences."""
-    from safetensors.torch import load_file, save_file
-
-    kept = Path(asked.run) / runs.VERIFICATION if asked.run else None
-    if kept and kept.is_file():
-        rows = {name: tensor for name, tensor in load_file(kept).items() if name != "logits"}
-    elif asked.order.tokenizer:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(asked.order.tokenizer, trust_remote_code=asked.order.trust_remote_code)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        tokenizer.padding_side = "right"
-        rows = dict(tokenizer(list(SENTENCES), return_tensors="pt", padding=bool(tokenizer.pad_token)))
-    else:
-        raise UserError(
-            f"{asked.order.base_name}: neither it nor the adapter has a tokenizer to read the rows of the proof with"
-        )
-    save_file({name: tensor.contiguous() for name, tensor in rows.items()}, part / INPUTS)
 
 
 # --- which base -------------------------------------------------------------------------------------------------------
@@ -286,7 +232,7 @@ def _write(order: Order, asked: Asked, part: Path, plan: dict[str, Any]) -> tupl
     planned = shards.planned(fold.slots(), asked.shard_size)
     size = sum(slot.bytes for shard in planned for slot in shard)
     kept = _kept(model, plan["shards"])
-    _check_space(
+    beside.check_space(
         part, sum(s.bytes for n, shard in enumerate(planned) if shards.shard_name(n, len(planned)) not in kept for s in shard)
     )
     plan["shards"] = kept
@@ -317,19 +263,10 @@ def _kept(model: Path, recorded: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _check_space(part: Path, needed: int) -> None:
-    free = shutil.disk_usage(part).free
-    if needed > free:
-        raise UserError(
-            f"{part}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free; free space, or give another --output"
-        )
-
-
 def _in_memory(order: Order, asked: Asked, model: Path) -> tuple[dict[str, str], int]:
     """peft's own way: the model is loaded, merged and saved whole."""
     import torch
 
-    from scalepeft import proof
     from scalepeft.base import dtype
     from scalepeft.fetch import file_sha256
 
@@ -387,25 +324,19 @@ def _proved(part: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_fresh_process(what: str, part: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "scalepeft.proof", what, str(part)], capture_output=True, text=True, check=False
-    )
-    if done.returncode == 0:
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-    raise (UserError if done.returncode == 2 else RunFailed)(lines[-1])
+    return beside.in_fresh_process("scalepeft.proof", what, str(part))
 
 
 def _closing(record: Mapping[str, Any], output: Path) -> str:
-    proof, size = record["proof"], record["total_size"]
+    proved, size = record["proof"], record["total_size"]
     files = len(record["files"])
     lines = [("merged", f"{output}: {size / 1e9:.2f} GB in {files} file{'s' if files > 1 else ''}, {record['seconds']:.0f} s")]
-    if proof:
-        of = f"{proof['rows']} rows' logits" if proof["method"] == "logits" else f"{proof['layers']} layers' answers"
+    if proved:
+        of = f"{proved['rows']} rows' logits" if proved["method"] == "logits" else f"{proved['layers']} layers' answers"
         lines.append(
             (
                 "proved",
-                f"in a fresh process: largest difference of {of} {proof['max_difference']:.2g}, allowed {proof['bound']:.2g}",
+                f"in a fresh process: largest difference of {of} {proved['max_difference']:.2g}, allowed {proved['bound']:.2g}",
             )
         )
     for name, found in (record["verify"] or {}).items():

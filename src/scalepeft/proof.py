@@ -20,7 +20,7 @@ PLAN = "merge.part.json"
 INPUTS = "rows.part.safetensors"
 RECIPE = "recipe.part.yaml"
 
-BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "q8_0": 1e-1}
 """Largest difference of logits by the dtype of the merged weights, relative to the largest logit (at least 1). Both models
 compute in float32, so that it is what the rounding of the merged weights does, and in float32 another order of sums."""
 
@@ -29,6 +29,14 @@ LAST_POSITIONS = 8
 
 LAYER_ROWS = 4
 """Random inputs by which the layers are compared one by one."""
+
+SENTENCES = (
+    "The ship left the harbour at dawn, and nobody on the quay knew where it was bound.",
+    "Water boils at a lower temperature in the mountains than at the sea.",
+    "What I liked least about the film was its ending; the music, though, was wonderful.",
+    "She counted the coins twice: eleven, twelve, thirteen.",
+)
+"""The rows of the proof where neither a run nor --verify brings any."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,16 +63,45 @@ def prove(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
 
 def fits(order: Order) -> bool:
     """Whether a model computes in float32 in the memory that is free, with a fifth to spare for what its layers give."""
+    from scalepeft.base import dtype
+
+    # the base as it is loaded stands beside its copy in float32, layer for layer less of the one and more of the other
+    return fits_as(Path(order.base), held=dtype(order.dtype).itemsize if order.dtype else 4)
+
+
+def fits_as(folder: Path, *, held: int = 4) -> bool:
+    """The same for the model in a folder, of which a value takes `held` bytes while it is loaded."""
     import psutil
 
-    from scalepeft.base import dtype
     from scalepeft.shards import Checkpoint
 
-    checkpoint = Checkpoint(Path(order.base))
+    checkpoint = Checkpoint(folder)
     values = sum(checkpoint.get(name).numel() for name in checkpoint.names)
-    held = dtype(order.dtype).itemsize if order.dtype else 4
-    # the base as it is loaded stands beside its copy in float32, layer for layer less of the one and more of the other
     return bool(values * max(4, held) * 1.2 <= psutil.virtual_memory().available)
+
+
+def save_rows(file: Path, run: str | None, tokenizer: str | None, name: str, *, trust_remote_code: bool = False) -> None:
+    """Write the rows of a proof: those by which a run was verified, or a few sentences as a model's tokenizer reads them.
+
+    Raises UserError when there is neither; `name` is the model's.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from scalepeft.run import VERIFICATION
+
+    kept = Path(run) / VERIFICATION if run else None
+    if kept and kept.is_file():
+        rows = {key: tensor for key, tensor in load_file(kept).items() if key != "logits"}
+    elif tokenizer:
+        from transformers import AutoTokenizer
+
+        reader = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+        reader.pad_token = reader.pad_token or reader.eos_token
+        reader.padding_side = "right"
+        rows = dict(reader(list(SENTENCES), return_tensors="pt", padding=bool(reader.pad_token)))
+    else:
+        raise UserError(f"{name}: neither it nor the adapter has a tokenizer to read the rows of the proof with")
+    save_file({key: tensor.contiguous() for key, tensor in rows.items()}, file)
 
 
 # --- the models -------------------------------------------------------------------------------------------------------
@@ -106,12 +143,17 @@ def merged_in_memory(order: Order) -> Any:
 
 def merged(order: Order, folder: Path) -> Any:
     """The merged model from its folder, in float32. Raises RunFailed when it does not load as it is."""
+    return opened(order.kind, folder, trust_remote_code=order.trust_remote_code)
+
+
+def opened(kind: str, folder: Path, **given: Any) -> Any:
+    """A whole model from its folder, in float32, by a class of transformers. Raises RunFailed when it does not load whole."""
     import torch
     import transformers
 
     try:
-        model, loading = getattr(transformers, order.kind).from_pretrained(
-            str(folder), dtype=torch.float32, output_loading_info=True, trust_remote_code=order.trust_remote_code
+        model, loading = getattr(transformers, kind).from_pretrained(
+            str(folder), dtype=torch.float32, output_loading_info=True, **given
         )
     except Exception as error:
         raise RunFailed(f"{folder}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
@@ -157,13 +199,17 @@ def _compare_logits(order: Order, folder: Path, rows: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     inputs = load_file(rows)
-    expected = list(_answers(reference(order), inputs))
-    found = list(_answers(merged(order, folder), inputs))
+    expected = list(answers(reference(order), inputs))
+    return compared(expected, list(answers(merged(order, folder), inputs)), _dtype_of(folder))
+
+
+def compared(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor], *kinds: str) -> dict[str, Any]:
+    """The largest difference of rows' logits, against the bound of the dtypes that the weights went through."""
     difference = max(
         (a - b).abs().max().item() if a.shape == b.shape else float("inf") for a, b in zip(expected, found, strict=True)
     )
     largest = max(logits.abs().max().item() for logits in expected)
-    kind = _dtype_of(folder)
+    kind = max(kinds, key=lambda kind: BOUNDS.get(kind, BOUNDS["float32"]))
     bound = BOUNDS.get(kind, BOUNDS["float32"]) * max(1.0, largest)
     if not all(logits.isfinite().all() for logits in found):
         difference = float("inf")
@@ -177,7 +223,7 @@ def _compare_logits(order: Order, folder: Path, rows: Path) -> dict[str, Any]:
     }
 
 
-def _answers(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+def answers(model: Any, inputs: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
     """The logits of each row alone: padding costs time, and a row's answer is its own."""
     import torch
 
@@ -262,9 +308,10 @@ def measure(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     rows = _Rows(plan, folder) if plan.get("data") else None
     inputs = rows.inputs() if rows else load_file(folder / INPUTS)
     model = as_trained(order)
-    expected = list(_answers(model, inputs))
+    expected = list(answers(model, inputs))
     found: dict[str, Any] = {"rows": len(expected), "data": plan.get("data"), "adapter_on_base": {}}
     if rows:
+        found["loss_rows"] = len(rows.prepared.rows)
         found["adapter_on_base"] = {"loss": rows.loss(model)}
     choices = {"dequantized": True, "original": False}
     if not order.quantization:
@@ -274,7 +321,7 @@ def measure(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     for name, dequantized in choices.items():
         del model
         model = merged_in_memory(replace(order, dequantized=dequantized))
-        differences = [(a - b).abs() for a, b in zip(_answers(model, inputs), expected, strict=True)]
+        differences = [(a - b).abs() for a, b in zip(answers(model, inputs), expected, strict=True)]
         found[f"merged_on_{name}"] = {
             "max_difference": max(d.max().item() for d in differences),
             "mean_difference": sum(d.mean().item() for d in differences) / len(differences),
@@ -293,7 +340,8 @@ class _Rows:
         from scalepeft import recipe as recipes
         from scalepeft.run import Run
 
-        self.recipe = Run(Path(plan["run"])).recipe() if plan.get("run") else recipes.load(folder / RECIPE)
+        self.run = Run(Path(plan.get("run") or folder))
+        self.recipe = self.run.recipe() if plan.get("run") else recipes.load(folder / RECIPE)
         self.labels = plan["labels"]
         tokenizer = AutoTokenizer.from_pretrained(plan["order"]["tokenizer"])
         if tokenizer.pad_token is None:
@@ -301,6 +349,8 @@ class _Rows:
         self.task = kinds.task(self.recipe, tokenizer, self.labels)
         limit = model.longest_input(self.recipe, tokenizer)
         self.prepared = data.prepare_file(self.recipe, tokenizer, plan["data"], limit=limit, label_names=self.labels)
+        self.before: list[Any] = []
+        """Of preferences: the reference's log-probabilities, batch by batch."""
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """The first rows, as inputs of the model."""
@@ -309,24 +359,36 @@ class _Rows:
         rows = Rows(self.prepared.rows)
         return self.task.probe(rows.__getitems__(list(range(min(32, len(rows))))))
 
-    def loss(self, model: Any) -> float | None:
-        """The task's loss; None for preferences, which are measured against a second model."""
+    def loss(self, model: Any) -> float:
+        """The task's loss. The first model asked for is the trained one: preferences are measured from its own reference."""
         import numpy as np
         import torch
 
+        from scalepeft.language import CausalLM, Preference
+
+        task, measured = self.task, []
+        if isinstance(task, Preference) and not self.before:
+            task.ready(model, self.run)
+            with torch.no_grad():
+                self.before = [task.reference_log_probs(batch) for batch in self._batches()]
+        elif isinstance(task, CausalLM):
+            CausalLM.ready(task, model, self.run)
+        with torch.no_grad():
+            for number, batch in enumerate(self._batches()):
+                if isinstance(task, Preference):
+                    found = task.rewarded(model, batch, self.before[number])
+                else:
+                    found = task.measure(model, batch)
+                measured.append(found.float().numpy())
+        references = np.empty(0) if self.recipe.generative else self.prepared.labels
+        return task.metrics(np.concatenate(measured), references)["loss"]
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         from scalepeft.trainer import Rows
 
-        if self.recipe.task == "preference":
-            return None
         rows = Rows(self.prepared.rows)
-        self.task.ready(model, None)  # type: ignore[arg-type]  # of preferences alone
-        measured = []
         for start in range(0, len(rows), 8):
-            batch = self.task.collate(rows.__getitems__(list(range(start, min(start + 8, len(rows))))))
-            with torch.no_grad():
-                measured.append(self.task.measure(model, batch).float().numpy())
-        references = np.empty(0) if self.recipe.generative else self.prepared.labels
-        return self.task.metrics(np.concatenate(measured), references)["loss"]
+            yield self.task.collate(rows.__getitems__(list(range(start, min(start + 8, len(rows))))))
 
 
 if __name__ == "__main__":

@@ -187,7 +187,8 @@ def pack_run(run: Run, repo_id: str, *, base: str | None, merged: Path | None, w
     if adapter_in:
         files += _weights(run.weights, base=origin.hub_id, under=f"{adapter_in}/")
     pictures = [name for name in _PICTURES if (run.path / name).is_file()]
-    text = card.card(run, repo_id, origin, merged=merged is not None, adapter_in=adapter_in, pictures=pictures)
+    merge = _without_names(_read_json(merged / _MERGED)) if merged else None
+    text = card.card(run, repo_id, origin, merge=merge, adapter_in=adapter_in, pictures=pictures)
     kept = {key: value for key, value in run.record.items() if key in ("labels", "evaluation", "sample")}  # names and texts
     record = card.without_places(run.record) | kept
     files += [

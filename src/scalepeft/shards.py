@@ -70,6 +70,11 @@ class Checkpoint:
         found: torch.Tensor = self._open[file].get_tensor(name)
         return found
 
+    def widest(self) -> str:
+        """The name of the widest dtype of its weights."""
+        kinds = {tensor.dtype for tensor in map(self.get, self.names) if tensor.is_floating_point()}
+        return str(max(kinds, key=lambda kind: (kind.itemsize, str(kind)))).removeprefix("torch.")
+
     def fingerprint(self) -> list[list[Any]]:
         """What a file that is replaced does not keep: name, size and time of change."""
         stats = [(file, (self.folder / file).stat()) for file in sorted(set(self._files.values()))]
