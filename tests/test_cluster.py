@@ -138,15 +138,15 @@ class Jobs:
 
         self.cluster.until(started, 200, lambda: f"{self.cluster.job(job)}\n{self.log(job)}")
 
-    def strike(self, job: int, fault: str) -> None:
-        """Let something befall a job that runs on node3, and on it alone of those that run there."""
-        made = self.cluster
+    def strike(self, job: int, fault: str) -> float:
+        """Let something befall a job that runs on node3, and on it alone of those that run there; when that was."""
+        made, struck = self.cluster, time.time()
         if fault == TIME_LIMIT:  # which Slurm looks at every 30 s: however fast the machine, the training is not done by then
             made.run("scancel", "--signal=STOP", job)
             hours, minutes, _ = made.job(job)["RunTime"].rpartition("-")[2].split(":")
             made.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
             made.until(lambda: "the time is nearly up" in self.log(job), 120)
-            times = self.restarts(job) + 1
+            times, struck = self.restarts(job) + 1, time.time()
             made.run("scancel", "--signal=CONT", job)
             self.restarted(job, times)
             made.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
@@ -162,6 +162,7 @@ class Jobs:
             made.crash(node)
             made.until(lambda: made.state(job) != "RUNNING", 120, lambda: self.log(job))
             made.boot(node)
+        return struck
 
     def begins(self, job: int, name: str) -> float:
         """Wait until a job trains; the seconds from its start to its first step."""
@@ -170,9 +171,8 @@ class Jobs:
         self.at_step(job, name, 1)
         return time.time() - started
 
-    def goes_on(self, job: int, name: str, restarts: int) -> dict[str, float]:
+    def goes_on(self, job: int, name: str, restarts: int, struck: float) -> dict[str, float]:
         """Wait until a job that was struck trains again; steps lost, and seconds to the start and from there to a step."""
-        struck = time.time()
         self.restarted(job, restarts)
         started, step, saved = time.time(), self.step(name), _step(self.run(name).last_checkpoint())
         record = self.run(name).path / "run.json"
@@ -257,8 +257,8 @@ def test_whatever_befalls_a_job_it_goes_on(jobs, queued, layout, faults):
     for number, fault in enumerate(faults, 1):
         at = jobs.step(name) + 10
         jobs.at_step(job, name, at if fault in GRACEFUL else max(at, LONG["save_steps"] + 3))
-        jobs.strike(job, fault)
-        seen.append({"fault": fault, **jobs.goes_on(job, name, number), "first step when new": fresh})
+        struck = jobs.strike(job, fault)
+        seen.append({"fault": fault, **jobs.goes_on(job, name, number, struck), "first step when new": fresh})
         assert seen[-1]["lost"] <= (0 if fault in GRACEFUL else LONG["save_steps"])
     found = jobs.complete(job)
     assert int(found["Restarts"]) == len(faults)
