@@ -1,12 +1,14 @@
-# make setup | quickstart | test | test-all | lint | schema | recipes-table | layouts-table | bench. PYTHON chooses the interpreter of .venv.
+# make setup | quickstart | test | test-all | test-cluster | lint | schema | recipes-table | layouts-table | bench. PYTHON chooses the interpreter of .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 # .venv is ready for the dependencies as they now stand; by content, for a checkout has times of its own
 READY := .venv/.ready-$(shell sed '/^\[tool/,$$d' pyproject.toml | cat - constraints.txt | cksum | cut -d' ' -f1)
 
+SLURM := slurmctld slurmd slurm-client munge iproute2
+
 .DEFAULT_GOAL := help
-.PHONY: help setup install quickstart test test-all test-long lint schema recipes-table layouts-table bench
+.PHONY: help setup install quickstart test test-all test-long test-cluster lint schema recipes-table layouts-table bench
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,13 +35,18 @@ quickstart: setup  ## fetch a small model and data, train, evaluate and verify: 
 	@echo "look at runs/quickstart: run.json (all figures), curves.png, adapter/"
 
 test: setup  ## the tests that take seconds each
-	$(BIN)/python -m pytest -m 'not long and not gpu'
+	$(BIN)/python -m pytest -m 'not long and not gpu and not cluster'
 
 test-all: setup  ## all tests that need no GPU
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -m 'not gpu and not cluster'
 
 test-long: setup  ## what test leaves out of test-all
-	$(BIN)/python -m pytest -m 'long and not gpu'
+	$(BIN)/python -m pytest -m 'long and not gpu and not cluster'
+
+test-cluster: setup  ## jobs on a real Slurm of three nodes on this machine, which it installs where it may
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v slurmctld && command -v slurmd && command -v ip; } >/dev/null; \
+	then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM) >/dev/null; fi
+	$(BIN)/python -m pytest -m 'cluster and not long'
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check

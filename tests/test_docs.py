@@ -21,7 +21,7 @@ from scalepeft import recipe as recipes
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "recipes/README.md", "slurm/README.md"),
-    *("docs/language-models.md", "docs/adapters.md", "docs/layouts.md"),
+    *("docs/language-models.md", "docs/adapters.md", "docs/layouts.md", "docs/cluster.md"),
 ]
 TINY = "data.train.sample_rows=64 data.evaluation.test.sample_rows=32 training.max_steps=2"
 TINY_SFT = "data.train.sample_rows=8 data.evaluation.test.first_rows=4 training.max_steps=1"
@@ -36,6 +36,7 @@ LIGHT = {
     "make quickstart": "dry run",
     "make test": "dry run",
     "make test-all": "dry run",
+    "make test-cluster": "dry run",
     "make lint": "dry run",
     "source .venv/bin/activate": "",
     "scalepeft check quickstart": "",
@@ -58,7 +59,6 @@ LONG = {
     "scalepeft train quickstart training.output_dir=runs/zero --launch zero3 --num-processes 2 --cpu": TINY,
     "scalepeft train RECIPE --launch zero3 --num-processes 2": f"--cpu training.output_dir=runs/page {TINY}",
     f"{LAUNCH}/multi_gpu.yaml --num_processes 8 {QUICKSTART} training.output_dir=runs/eight": TINY,
-    f"{LAUNCH}/multi_gpu.yaml --num_processes 8 -m scalepeft.train RECIPE": f"training.output_dir=runs/slurm {TINY}",
     "scalepeft evaluate runs/quickstart": "",
     "scalepeft evaluate runs/quickstart data.evaluation.mine.path=reviews.csv --output figures.json": "",
     "scalepeft predict runs/quickstart --data new.csv --output predictions.csv": "",
@@ -78,6 +78,20 @@ LONG = {
     "scalepeft export runs/quickstart_sft --format gguf --outtype q8_0 --output exported-gguf": "",
 }
 """Commands that train or load a model, with what makes them tiny. Those of GPUs run as processes on the CPU."""
+ON_A_CLUSTER = [
+    "sbatch slurm/train.sh",
+    "sbatch --nodes=2 --gpus-per-node=8 --time=4:00:00 slurm/train.sh recipes/sft_lora.yaml --launch zero3",
+    "sbatch --nodes=2 slurm/train.sh quickstart training.output_dir=runs/two",
+    "sbatch --nodes=2 slurm/train.sh quickstart training.output_dir=runs/zero --launch zero3 --cpu",
+    "scalepeft submit quickstart training.output_dir=runs/first --nodes 2 -- --time=4:00:00",
+    "scalepeft submit quickstart training.output_dir=runs/first --nodes 2 --dry-run -- --time=4:00:00",
+    "scalepeft submit quickstart training.output_dir=runs/chain --then evaluate --then merge",
+    "REPO_ID=alice/film-reviews slurm/pipeline.sh quickstart training.output_dir=runs/chain --dry-run",
+    "scalepeft sweep quickstart 'adapter.r=[4,8]' --slurm -- --time=1:00:00",
+    "SCALEPEFT_CACHE=$PWD/cache HF_HOME=$PWD/hub scalepeft fetch quickstart",
+    "SCALEPEFT_CACHE=$PWD/cache HF_HOME=$PWD/hub sbatch slurm/train.sh quickstart training.output_dir=runs/offline",
+]
+"""Commands that tests/test_cluster.py runs, on a cluster of its own."""
 
 
 def blocks(file: str, *languages: str) -> list[str]:
@@ -159,7 +173,7 @@ def talker(newcomer, smollm2) -> Path:  # noqa: ARG001  # the weights must be th
 
 
 def test_every_command_is_run_by_a_test():
-    assert sorted({*LIGHT, *LONG}) == sorted(ALL_COMMANDS)
+    assert sorted({*LIGHT, *LONG, *ON_A_CLUSTER}) == sorted(ALL_COMMANDS)
 
 
 @pytest.mark.parametrize("command", LIGHT)

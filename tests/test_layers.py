@@ -51,6 +51,7 @@ LAYERS = (
         "page",
         "compare",
         "grid",
+        "submit",
         "sweep",
         "generate",
         "verify",

@@ -58,10 +58,10 @@ def run(installed, assets, tmp_path):  # noqa: ARG001  # the assets must be ther
     return program
 
 
-def test_the_wheel_holds_the_package_the_recipes_and_the_launch_files_only(wheel):
+def test_the_wheel_holds_the_package_the_recipes_the_launch_files_and_the_job_scripts_only(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     sources = {f"scalepeft/{p.relative_to(ROOT / 'src/scalepeft')}" for p in (ROOT / "src/scalepeft").rglob("*.py")}
-    folders = ("recipes", "accelerate_configs")
+    folders = ("recipes", "accelerate_configs", "slurm")
     recipes = {f"scalepeft/{p.relative_to(ROOT)}" for name in folders for p in (ROOT / name).rglob("*") if p.is_file()}
     about = {name for name in names if name.startswith(f"scalepeft-{scalepeft.__version__}.dist-info/")}
     assert set(names) == sources | recipes | about

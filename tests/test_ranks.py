@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import toy_rows, write_csv
 
+from scalepeft import engines
 from scalepeft.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -179,3 +180,14 @@ def test_deepspeed_compiles_once_for_all_processes_and_says_so(recipe, tmp_path,
     assert found.stderr.count("is compiled, once on this machine") == 1
     assert found.stderr.count("is compiled: ") == 1
     assert "built successfully" not in found.stdout + found.stderr
+
+
+def test_torch_builds_with_the_ninja_of_the_environment_whatever_the_path(tmp_path, monkeypatch):
+    (tmp_path / "ninja").write_text("#!/bin/sh\n")
+    (tmp_path / "ninja").chmod(0o755)
+    own = Path(sys.executable).parent / "ninja"
+    if not own.exists():
+        pytest.skip("this environment has no ninja of its own")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    engines._own_ninja()
+    assert shutil.which("ninja") == str(own)

@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": ("scalepeft.predict:chat_main", "talk with a trained language model"),
     "compare": ("scalepeft.compare:main", "show what differs between runs, in one table or page"),
     "sweep": ("scalepeft.sweep:main", "train a recipe with every combination of some values"),
+    "submit": ("scalepeft.submit:main", "queue a training, and what follows it, as jobs of Slurm's"),
     "merge": ("scalepeft.merge:main", "fold an adapter into its base"),
     "export": ("scalepeft.export:main", "write a model for vLLM, onnxruntime or llama.cpp"),
     "push": ("scalepeft.push:main", "publish a run or a merged model on the Hub"),

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import os
-import shutil
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -185,9 +184,7 @@ def _compile(builder: Any) -> None:
     """Build an extension unless that is done; one process does it, the others of this machine wait."""
     from torch.utils.cpp_extension import _get_build_directory
 
-    beside = Path(sys.executable).parent
-    if shutil.which("ninja") is None and (beside / "ninja").exists():  # an environment that is used without being activated
-        os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
+    _own_ninja()
     folder = Path(_get_build_directory(builder.name, verbose=False))
     with FileLock(folder.with_name(f".{builder.name}.scalepeft.lock")):
         built = (folder / f"{builder.name}.so").is_file()
@@ -207,6 +204,16 @@ def _compile(builder: Any) -> None:
             raise UserError(f"DeepSpeed's {builder.name} cannot be built: {one_line(error)[:300]}; {told}") from error
         if not built:
             _tell(f"DeepSpeed's {builder.name} is compiled: {time.monotonic() - started:.0f} s; kept in {folder}")
+
+
+def _own_ninja() -> None:
+    """Let torch find the ninja of this environment, activated or not.
+
+    What another version has built counts as stale and is built anew, for minutes: 1.11 and 1.13 hash commands differently.
+    """
+    beside = Path(sys.executable).parent
+    if (beside / "ninja").exists():
+        os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def _tell(text: str) -> None:

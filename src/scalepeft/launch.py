@@ -296,13 +296,7 @@ def _shown(path: Path) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a verb that can be launched; those of accelerate in its own words, with hyphens or underscores."""
     group = parser.add_argument_group("launching", "several processes, or another engine, by `accelerate launch`")
-    group.add_argument(
-        "--launch", metavar="LAYOUT", help="a file of accelerate_configs/ by its name (multi_gpu, zero3, ...), or a path"
-    )
-    group.add_argument(
-        "--num-processes", "--num_processes", type=int, metavar="N", help="on all machines together; all GPUs when absent"
-    )
-    group.add_argument("--cpu", action="store_true", help="use no GPU")
+    add_layout(group)
     group.add_argument(
         "--num-machines", "--num_machines", type=int, default=1, metavar="N", help="each is given this line, with"
     )
@@ -311,6 +305,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--main-process-port", "--main_process_port", type=int, metavar="PORT", help="and a port that is free there"
     )
+
+
+def add_layout(group: argparse._ActionsContainer) -> None:
+    """The options that say how to run, wherever that is."""
+    group.add_argument(
+        "--launch", metavar="LAYOUT", help="a file of accelerate_configs/ by its name (multi_gpu, zero3, ...), or a path"
+    )
+    group.add_argument(
+        "--num-processes", "--num_processes", type=int, metavar="N", help="on all machines together; all GPUs when absent"
+    )
+    group.add_argument("--cpu", action="store_true", help="use no GPU")
 
 
 def chosen_line(options: argparse.Namespace, module: str, arguments: Sequence[str]) -> Line | None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from scalepeft import compare, document, fetch, grid
+from scalepeft import compare, document, fetch, grid, submit
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.console import say
@@ -24,6 +25,8 @@ from scalepeft.run import Run
 
 RECORD = "sweep.json"
 PAGE = "compare.html"
+ARRAY = "array.json"
+"""What each task of an array of jobs trains."""
 
 _HELP = """
 key=[a,b,c] sweeps: each of the values is tried, with each of the other keys' values. A key whose value may itself be a list
@@ -32,11 +35,13 @@ one bracket more: adapter.target_modules=[[q_lin],[q_lin,v_lin]]. The same holds
 they take.
 
 The same command again goes on: complete runs are skipped, unfinished ones resumed, failed ones tried again.
+
+With --slurm the runs are tasks of an array of jobs, and one more job compares them; what follows `--` is given to sbatch.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`scalepeft sweep RECIPE key=[a,b,c] ... [section.key=value ...] [--output-dir DIR]`."""
+    """`scalepeft sweep RECIPE key=[a,b,c] ... [section.key=value ...] [--output-dir DIR] [--slurm ...] [--compare]`."""
     told = "Train a recipe with every combination of some values, one run after the other, and compare the runs."
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="scalepeft sweep", description=told, epilog=_HELP, formatter_class=form)
@@ -45,9 +50,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--output-dir", metavar="DIR", type=Path, help="where the runs go; runs/<recipe name>-sweep when absent"
     )
-    options = parser.parse_intermixed_args(arguments)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--compare", action="store_true", help="train nothing; compare the runs as they stand")
+    how.add_argument("--slurm", action="store_true", help="queue the runs as an array of jobs, and the comparison after them")
+    submit.add_options(parser)
+    own, for_sbatch = submit.split(arguments)
+    options = parser.parse_intermixed_args(own)
+    if not options.slurm and (for_sbatch or submit.given(options)):
+        raise UserError("command line: --launch, --nodes and other options of jobs go with --slurm")
     sweep = plan(options.recipe, options.overrides, options.output_dir)
-    sweep.train()
+    if options.slurm:
+        sweep.submit(options, for_sbatch)
+    elif options.compare:
+        sweep.compare()
+    else:
+        sweep.train()
     return 0
 
 
@@ -135,6 +152,38 @@ class Sweep:
 
     def train(self) -> None:
         """Train what is not complete, point after point, then compare all. Raises RunFailed when any failed."""
+        with self._held(), _Requests() as requests:
+            states = self._each(requests)
+        self._compare(states)
+
+    def submit(self, options: argparse.Namespace, for_sbatch: Sequence[str]) -> None:
+        """Queue what is not complete as an array of jobs, and the comparison after them."""
+        pending = [point for point in self.points if not _complete(self.folder / point.name)]
+        words = submit.checked(options, for_sbatch)
+        tasks = [[self.recipe, *point.overrides, _output_dir(self.folder / point.name)] for point in pending]
+        if not options.dry_run:
+            with self._held():
+                self._write({p.name: {"status": "pending" if p in pending else "complete"} for p in self.points})
+                runs.write(self.folder / ARRAY, json.dumps(tasks, indent=2, ensure_ascii=False) + "\n")
+        name = self.folder.name
+        asked = [f"--array=0-{len(tasks) - 1}", *submit.requested(options, name, for_sbatch, "%A_%a")]
+        jobs = [submit.Job(name="runs", script="train.sh", words=["--points", str(self.folder / ARRAY), *words], options=asked)]
+        again = [self.recipe, *self.overrides, "--output-dir", str(self.folder)]
+        asked = [*submit.named(f"{name}-compare"), *submit.without_gpus(for_sbatch)]
+        after = "afterany:runs" if tasks else None
+        jobs.append(submit.Job(name="compare", script="compare.sh", words=again, options=asked, after=after))
+        submit.queue(jobs if tasks else jobs[1:], dry_run=options.dry_run)
+
+    def compare(self) -> None:
+        """Compare the runs as they stand. Raises RunFailed when any is not complete."""
+        states = {point.name: _stands(self.folder / point.name) for point in self.points}
+        with self._held():
+            self._write(states)
+        self._compare(states)
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """The directory, made and held against other sweeps."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.folder / runs.LOCK)
@@ -145,9 +194,14 @@ class Sweep:
             raise UserError(f"{self.folder}: another process is sweeping there") from None
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written: {error.strerror}") from None
-        with lock, _Requests() as requests:
-            states = self._each(requests)
-        self._compare(states)
+        with lock:
+            yield
+
+    @property
+    def overrides(self) -> list[str]:
+        """The overrides as they were given, the lists of values to try among them."""
+        swept = self.grid.swept
+        return [f"{o}=[{', '.join(map(grid.written, swept[o]))}]" if o in swept else o for o in self.grid.overrides]
 
     def _each(self, requests: _Requests) -> dict[str, dict[str, str]]:
         """Train each point that is not complete; what became of each."""
@@ -189,7 +243,7 @@ class Sweep:
         comparison, page = compare.Comparison(entries), self.folder / PAGE
         runs.write(page, comparison.html(f"Sweep of {Path(self.recipe).stem} over {', '.join(self.grid.swept)}"))
         say(f"\n{comparison.text(compare.terminal())}\n\n{page}: table and curves")
-        if failed := [name for name, state in states.items() if state["status"] == "failed"]:
+        if failed := [name for name, state in states.items() if state["status"] != "complete"]:
             told = f"{len(failed)} of {len(self.points)} runs failed ({'; '.join(failed)})"
             raise RunFailed(f"{self.folder}: {told}; the same command tries them again")
 
@@ -234,6 +288,16 @@ def _said(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _complete(path: Path) -> bool:
     return Run(path).record.get("status") == "complete"
+
+
+def _stands(path: Path) -> dict[str, str]:
+    """What has become of a run that was trained elsewhere."""
+    record = Run(path).record
+    if record.get("status") == "complete":
+        return {"status": "complete"}
+    told = "has not begun to train, or failed before it did: see the log of its job"
+    status = {"interrupted": "interrupted", "running": "running"}.get(record.get("status", ""), "failed")
+    return {"status": status, "reason": record.get("reason") or ("" if record else told)}
 
 
 def _trained(recipe: str, point: Point, path: Path, requests: _Requests) -> dict[str, str]:

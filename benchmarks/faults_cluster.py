@@ -1,0 +1,79 @@
+"""Faults of jobs on a real Slurm of three nodes: after each the run goes on, and its adapter is that of a run without it.
+
+    python benchmarks/faults_cluster.py [TIMES]       each fault on each layout, a minute or two of two cores each
+
+The faults are those of tests/test_cluster.py, which holds each run to the undisturbed one byte for byte. It can stop and go on:
+what was seen is kept in benchmarks/results/faults_cluster.json, and a fault that was survived so often is not tried again. Ends
+with 1 when one was not survived, or cost a step where there was time to save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "benchmarks" / "results" / "faults_cluster.json"
+TIMES = ("queued", "first step", "first step when new")
+TEST = "test_whatever_befalls_a_job_it_goes_on"
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+from test_cluster import ALONE  # noqa: E402  # the folder is known only now
+
+from scalepeft.run import versions  # noqa: E402
+
+
+def main() -> int:
+    """Try what is lacking, keep what was seen, and print it."""
+    times = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {"seen": []}
+    status = 0
+    for _ in range(times):
+        lacking = [case for case in ALONE if _count(kept["seen"], case) < times]
+        if not lacking:
+            break
+        found, status = _tried(lacking)
+        told = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+        kept = {"versions": {"slurm": told, **versions()}, "seen": kept["seen"] + found}
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(_table(kept["seen"])))
+    return status
+
+
+def _tried(cases: Sequence[tuple[str, tuple[str]]]) -> tuple[list[dict[str, Any]], int]:
+    """What was seen of the cases that were survived, and the status of the tests."""
+    names = [f"tests/test_cluster.py::{TEST}[{layout}, {fault}, alone]" for layout, (fault,) in cases]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "faults.jsonl"
+        file.touch()
+        environment = os.environ | {"SCALEPEFT_RECORD_FAULTS": str(file)}
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", *names], cwd=ROOT, env=environment, check=False)
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()], done.returncode
+
+
+def _count(seen: Sequence[Mapping[str, Any]], case: tuple[str, tuple[str]]) -> int:
+    return sum((each["layout"], (each["fault"],)) == case for each in seen)
+
+
+def _table(seen: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "layout             fault              survived  steps lost  s to the start  s to a step  of a new job (medians)"
+    for layout, (fault,) in ALONE:
+        found = [each for each in seen if (each["layout"], each["fault"]) == (layout, fault)]
+        if not found:
+            yield f"{layout:18} {fault:18} {0:8}"
+            continue
+        lost = max(each["lost"] for each in found)
+        queued, first, new = (statistics.median(each[key] for each in found) for key in TIMES)
+        yield f"{layout:18} {fault:18} {len(found):8}  {lost:10}  {queued:14.1f}  {first:11.1f}  {new:12.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
