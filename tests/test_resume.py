@@ -246,9 +246,10 @@ def test_a_part_of_deepspeeds_is_read_without_unpickling(tmp_path):
 
 
 def test_a_loss_scaler_of_deepspeeds_comes_back_as_it_was(tmp_path):
-    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    scaler = CreateLossScaler(torch.float16, static_loss_scale=1.0, dynamic_scaling=True, dynamic_loss_args=None)
+    numbers = {"init_scale": 2**16, "scale_window": 1000, "min_scale": 1, "delayed_shift": 2, "consecutive_hysteresis": False}
+    scaler = DynamicLossScaler(dtype=torch.float16, **numbers)
     scaler.update_scale(overflow=False)
     parts._save(None, {"optimizer_state_dict": {"loss_scaler": scaler}}, str(tmp_path / "part.pt"))
     found = parts._load(None, str(tmp_path / "part.pt"))["optimizer_state_dict"]["loss_scaler"]
