@@ -52,7 +52,7 @@ def _kept() -> list[dict[str, Any]]:
     """All that was seen, with what the last session left."""
     kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {"seen": []}
     if PART.exists():
-        told = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+        told = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True).stdout.strip()
         new = [json.loads(line) for line in PART.read_text(encoding="utf-8").splitlines()]
         kept = {"versions": {"slurm": told, **versions()}, "seen": kept["seen"] + new}
         KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
