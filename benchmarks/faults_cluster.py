@@ -14,13 +14,14 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results" / "faults_cluster.json"
+PART = KEPT.with_suffix(".part")
+"""A line for each fault that was survived, until the next session takes it over."""
 TIMES = ("queued", "first step", "first step when new")
 TEST = "test_whatever_befalls_a_job_it_goes_on"
 
@@ -34,29 +35,30 @@ from scalepeft.run import versions  # noqa: E402
 def main() -> int:
     """Try what is lacking, keep what was seen, and print it."""
     times = int(sys.argv[1]) if len(sys.argv) > 1 else 1
-    kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {"seen": []}
     status = 0
     for _ in range(times):
-        lacking = [case for case in ALONE if _count(kept["seen"], case) < times]
-        if not lacking:
-            break
-        found, status = _tried(lacking)
-        told = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=True).stdout.strip()
-        kept = {"versions": {"slurm": told, **versions()}, "seen": kept["seen"] + found}
-        KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(_table(kept["seen"])))
+        seen = _kept()
+        lacking = [case for case in ALONE if _count(seen, case) < times]
+        names = [f"tests/test_cluster.py::{TEST}[{layout}, {fault}, alone]" for layout, (fault,) in lacking]
+        environment = os.environ | {"SCALEPEFT_RECORD_FAULTS": str(PART)}
+        if names:
+            done = subprocess.run([sys.executable, "-m", "pytest", "-q", *names], cwd=ROOT, env=environment, check=False)
+            status = status or done.returncode
+    print("\n".join(_table(_kept())))
     return status
 
 
-def _tried(cases: Sequence[tuple[str, tuple[str]]]) -> tuple[list[dict[str, Any]], int]:
-    """What was seen of the cases that were survived, and the status of the tests."""
-    names = [f"tests/test_cluster.py::{TEST}[{layout}, {fault}, alone]" for layout, (fault,) in cases]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "faults.jsonl"
-        file.touch()
-        environment = os.environ | {"SCALEPEFT_RECORD_FAULTS": str(file)}
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", *names], cwd=ROOT, env=environment, check=False)
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()], done.returncode
+def _kept() -> list[dict[str, Any]]:
+    """All that was seen, with what the last session left."""
+    kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {"seen": []}
+    if PART.exists():
+        told = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True).stdout.strip()
+        new = [json.loads(line) for line in PART.read_text(encoding="utf-8").splitlines()]
+        kept = {"versions": {"slurm": told, **versions()}, "seen": kept["seen"] + new}
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        PART.unlink()
+    seen: list[dict[str, Any]] = kept["seen"]
+    return seen
 
 
 def _count(seen: Sequence[Mapping[str, Any]], case: tuple[str, tuple[str]]) -> int:

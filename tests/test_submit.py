@@ -86,7 +86,8 @@ def test_a_port_that_is_taken_is_passed_over():
 def test_a_job_started_anew_does_not_move_its_own_run_aside(capsys, toy, train, monkeypatch):
     recipe = toy(training={"max_steps": 2, "eval_strategy": "no", "eval_on_start": False})
     train(recipe)
-    assert plan(capsys, recipe)[1:3] == ["", "1"]  # complete: nothing to do, on one node
+    # complete: there is nothing to do, on one node and in one process
+    assert plan(capsys, recipe, "--launch", "zero3")[1:] == ["", "1", "train", str(recipe)]
     assert plan(capsys, recipe, "--fresh")[1:3] == ["none", "2"]
     assert recipe.with_name("run.1").is_dir()
     train(recipe)

@@ -72,15 +72,17 @@ def plan_main(arguments: Sequence[str]) -> int:
     if options.fresh and not restarts:  # a job that is started anew goes on with what it began
         move_aside(recipe)
     state = runs.inspect(recipe)
-    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if state in ("new", "unfinished") else 1
-    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
-    if not gpus and options.launch is None:
-        note("the job has no GPU (sbatch --gpus-per-node) and trains on CPUs")
+    nodes, launching = 1, ["--cpu"] if options.cpu else []  # to verify, or to say that all is done
+    if state in ("new", "unfinished"):
+        nodes, gpus = (int(os.environ.get(name, "0")) for name in ("SLURM_JOB_NUM_NODES", "SLURM_GPUS_ON_NODE"))
+        if not gpus and options.launch is None:
+            note("the job has no GPU (sbatch --gpus-per-node) and trains on CPUs")
+        launching = [*layout_words(options, nodes, gpus), *_meeting(options.head, nodes)]
     found = Plan(
         run=recipe.output_dir,
         before="" if state == "complete" else _stamp(Run(recipe.output_dir)),
         nodes=nodes,
-        arguments=["train", name, *overrides, *layout_words(options, nodes, gpus), *_meeting(options.head, nodes)],
+        arguments=["train", name, *overrides, *launching],
     )
     print(*found.words(), sep="\0", end="\0")
     return 0
