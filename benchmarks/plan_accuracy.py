@@ -1,0 +1,244 @@
+"""docs/plan.md's table: what `scalepeft plan` predicts against what training takes, over a grid of recipes and layouts.
+
+    python benchmarks/plan_accuracy.py              measure what is not measured yet, predict, write results and page
+    python benchmarks/plan_accuracy.py --predict    predict anew and write, without measuring
+    python benchmarks/plan_accuracy.py --only WORD  those whose name has the word
+
+Measured is `scalepeft train` itself, a few steps of it, by an instrument that shares no code with the plan: on a CPU torch's
+profiler, to which the allocator reports each allocation; on an accelerator torch's own peak of the allocator. It exits with
+status 1 when the predictions are further off than is claimed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "benchmarks" / "results" / "plan_accuracy.json"
+MEDIAN, WORST, UNDER = 0.03, 0.10, 0.05
+"""What is claimed: the median and the largest relative error, and how far a prediction may lie below."""
+
+ENCODER = {
+    "model_type": "distilbert", "architectures": ["DistilBertModel"], "vocab_size": 1000, "dim": 256, "hidden_dim": 1024,
+    "n_layers": 6, "n_heads": 8, "max_position_embeddings": 512, "pad_token_id": 0, "dtype": "float32",
+}  # fmt: skip
+DECODER = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4000, "hidden_size": 288,
+    "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "max_position_embeddings": 1024, "tie_word_embeddings": True, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0,
+    "dtype": "float32",
+}  # fmt: skip
+LORA = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32"}
+LAYOUTS = {"ddp": "multi_cpu", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
+
+
+def grid() -> dict[str, dict[str, Any]]:
+    """The cases by name: kind of model, adapter, batch, length, checkpointing, accumulation, layout."""
+    cases: dict[str, dict[str, Any]] = {}
+
+    def add(model: str, adapter: str, batch: int, length: int, **more: Any) -> None:
+        told = [name for name, value in more.items() if value is True] + [str(v) for v in more.values() if isinstance(v, str)]
+        told += [f"{name} {value}" for name, value in more.items() if value is not True and isinstance(value, int)]
+        cases[", ".join([model, adapter, f"{batch} x {length}", *told])] = {
+            "model": model, "adapter": adapter, "batch": batch, "length": length, **more,
+        }  # fmt: skip
+
+    for model in ("encoder", "decoder"):
+        for adapter in ("LoRA", "QLoRA", "full"):
+            add(model, adapter, 16, 128)
+            add(model, adapter, 4, 512)
+            add(model, adapter, 16, 256, checkpointing=True)
+        add(model, "LoRA", 8, 128, accumulation=4)
+        add(model, "full", 8, 128, accumulation=4)
+        add(model, "LoRA", 8, 256, dropout=True)
+        add(model, "LoRA", 16, 256, eager=True)
+        for layout in LAYOUTS:
+            add(model, "LoRA", 16, 256, layout=layout)
+            add(model, "full", 16, 256, layout=layout)
+    add("decoder", "LoRA", 8, 512, packing=True)
+    add("decoder", "QLoRA", 8, 512, layout="zero3")
+    add("decoder", "DPO", 8, 256)
+    return cases
+
+
+# --- one case as a recipe with its model and rows -------------------------------------------------------------------------
+
+
+def write(folder: Path, case: Mapping[str, Any]) -> Path:
+    """A recipe in a folder, with a model of random weights and rows of one length but the last of each batch."""
+    encoder = case["model"] == "encoder"
+    base = folder / case["model"]
+    if not base.is_dir():
+        model(base, ENCODER if encoder else DECODER)
+    dropout = 0.1 if case.get("dropout") else 0.0
+    config = {"dropout": dropout, "attention_dropout": dropout} if encoder else {"attention_dropout": dropout}
+    training = {
+        "output_dir": str(folder / "run"), "max_steps": 3, "per_device_train_batch_size": case["batch"], "save_strategy": "no",
+        "gradient_accumulation_steps": case.get("accumulation", 1), "activation_checkpointing": bool(case.get("checkpointing")),
+        "bf16": False, "use_cpu": case.get("device", "cpu") == "cpu", "optim": "adamw_torch_fused", "logging_steps": 1,
+        "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+    recipe: dict[str, Any] = {
+        "task": "sequence-classification" if encoder else "preference" if case["adapter"] == "DPO" else "causal-lm",
+        "model": {"name_or_path": str(base), "config": config},
+        "data": {"train": {"path": str(folder / f"rows.{'csv' if encoder else 'jsonl'}")}},
+        "training": training,
+    }
+    if case.get("eager"):
+        recipe["model"]["attn_implementation"] = "eager"
+    if case["adapter"] != "full":
+        recipe["adapter"] = LORA | {"lora_dropout": dropout}
+    if case["adapter"] == "QLoRA":
+        recipe["quantization"] = NF4
+    if encoder:
+        recipe["data"] |= {"label_names": ["a", "b"], "max_length": case["length"]}
+    else:
+        training |= {"max_length": case["length"], "packing": bool(case.get("packing"))}
+    rows(folder, case)
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return file
+
+
+def model(folder: Path, config: Mapping[str, Any]) -> None:
+    """Random weights, and a tokenizer for which each word is a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    folder.mkdir()
+    kind = AutoModelForCausalLM if config["model_type"] == "llama" else AutoModel
+    kind.from_config(AutoConfig.for_model(**config)).save_pretrained(folder)
+    words = {name: number for number, name in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(900))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    named = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+
+
+def rows(folder: Path, case: Mapping[str, Any]) -> None:
+    """Texts as long as the case says, every fourth one shorter, so that there is padding."""
+    count, length = 3 * 2 * case["batch"] * case.get("accumulation", 1), case["length"]
+    texts = [" ".join(f"w{(i + j) % 900}" for j in range(length + 8 if i % 4 else length // 2)) for i in range(count)]
+    if case["model"] == "encoder":
+        lines = ["text,label", *(f"{text},{'ab'[i % 2]}" for i, text in enumerate(texts))]
+        (folder / "rows.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return
+    found = [{"text": text} for text in texts]
+    if case["adapter"] == "DPO":
+        found = [{"prompt": "w1 w2", "chosen": f" {t}", "rejected": f" w9 {t}"} for t in texts]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+
+
+# --- the instrument -------------------------------------------------------------------------------------------------------
+
+
+def child(recipe: str, file: str) -> None:
+    """Train a recipe in this process, without verifying it, and write the peak of the allocator in training."""
+    import torch
+
+    from scalepeft import ranks, train
+    from scalepeft import recipe as recipes
+
+    found: dict[str, int] = {}
+    if torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true":
+        torch.accelerator.reset_peak_memory_stats()
+        train.train(recipes.load(recipe))
+        found = {"peak": torch.accelerator.max_memory_allocated()}
+    else:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run = train.train(recipes.load(recipe))
+        del run
+        found = {"peak": allocated(profile)}
+    if ranks.rank() == 0:
+        Path(file).write_text(json.dumps(found), encoding="utf-8")
+
+
+def allocated(profile: Any) -> int:
+    """The most bytes that the CPU's allocator had given out at any time, from its own reports."""
+    reports = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(reports, key=lambda found: found.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def measure(case: Mapping[str, Any]) -> int:
+    """Train a case in processes of its own."""
+    with tempfile.TemporaryDirectory() as place:
+        recipe, file = write(Path(place), case), Path(place) / "peak.json"
+        command = [sys.executable, __file__, "--child", str(recipe), str(file)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+        if layout := case.get("layout"):
+            from scalepeft import launch
+
+            environment["ACCELERATE_USE_CPU"] = "true"
+            config = launch.shipped()[LAYOUTS[layout]]
+            command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
+            command += ["--main_process_port", "0", __file__, "--child", str(recipe), str(file)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+        if done.returncode or not file.is_file():
+            sys.exit(f"{case}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return int(json.loads(file.read_text(encoding="utf-8"))["peak"])
+
+
+def predict(case: Mapping[str, Any]) -> dict[str, Any]:
+    """What the plan says of a case."""
+    from scalepeft import plan, sharding
+    from scalepeft import recipe as recipes
+
+    with tempfile.TemporaryDirectory() as place:
+        recipe = recipes.load(write(Path(place), case))
+        layout = sharding.read(LAYOUTS.get(case.get("layout", "")), 2 if "layout" in case else None)
+        found = plan.plan(recipe, layout, accelerator=False).found
+    return {"peak": found.peak, "items": dict(found.items), "moment": found.moment}
+
+
+def main() -> int:
+    """Measure, predict, compare, write."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--predict", action="store_true", help="measure nothing")
+    parser.add_argument("--only", default="", metavar="WORD", help="cases whose name has the word")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(*options.child)
+        return 0
+    kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {"cases": {}}
+    for name, case in grid().items():
+        if options.only not in name:
+            continue
+        entry = kept["cases"].setdefault(name, {})
+        if not options.predict and "measured" not in entry:
+            entry["measured"] = measure(case)
+        if "measured" not in entry:
+            continue
+        entry["predicted"] = predict(case)
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        off = entry["predicted"]["peak"] / entry["measured"] - 1
+        print(f"{name:50} {entry['measured'] / 2**20:10.1f} {entry['predicted']['peak'] / 2**20:10.1f} MiB {off:+.1%}", flush=True)
+    return verdict(kept["cases"])
+
+
+def verdict(cases: Mapping[str, Mapping[str, Any]]) -> int:
+    """0 when what is claimed holds of all cases that are measured."""
+    off = [of["predicted"]["peak"] / of["measured"] - 1 for of in cases.values() if "predicted" in of]
+    median, worst, under = statistics.median(map(abs, off)), max(map(abs, off)), -min(off)
+    print(f"{len(off)} cases: median {median:.1%}, worst {worst:.1%}, most below {under:.1%}")
+    return int(median > MEDIAN or worst > WORST or under > UNDER)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
