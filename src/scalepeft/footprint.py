@@ -58,7 +58,7 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002  # upstream's
         kwargs = kwargs or {}
         found = func(*args, **kwargs)
-        for leaf in tree_leaves(found):
+        for leaf in () if func._schema.is_mutable else tree_leaves(found):  # what writes into its arguments returns these
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf)
         if (count := flop_registry.get(func._overloadpacket)) is not None:

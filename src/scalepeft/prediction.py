@@ -52,6 +52,7 @@ class Sketch:
     parameters: Mapping[str, int]
     unquantised: int
     largest: int
+    accelerator: bool
     notes: tuple[str, ...]
 
 
@@ -100,6 +101,7 @@ def sketch(
         parameters=blueprint.parameters(drawn),
         unquantised=sum(plain),
         largest=max(plain),
+        accelerator=accelerator,
         notes=drawn.notes,
     )
 
@@ -110,6 +112,9 @@ def predict(drawn: Sketch, layout: Layout) -> Prediction:
     held, optimizer = _held(recipe, layout, drawn.tensors), _optimizer(recipe)
     step = drawn.steps[_key(recipe, layout, drawn.tensors)]
     gradients = sum(t.size for t in drawn.tensors if t.trained)
+    if recipe.quantization is not None and not drawn.accelerator and layout.stage < 3:
+        # the tensors that stay as they are lie in the mapped file of the checkpoint, and keep all of it
+        held.device["checkpoint, mapped"] = drawn.unquantised - held.device.pop("weights, not quantised", 0)
     standing = Counter(held.device)
     if accumulation(recipe, layout) > 1 and not held.frees_gradients:
         standing[footprint.GRADIENTS] += gradients
@@ -120,7 +125,7 @@ def predict(drawn: Sketch, layout: Layout) -> Prediction:
     worst = max(moments, key=lambda name: moments[name].total())
     notes = list(drawn.notes)
     if not optimizer.known:
-        notes.append(f"training.optim {kinds.option(recipe, 'optim')}: its states are taken for as large as AdamW's in 32 bits")
+        notes.append(f"training.optim {optim(recipe)}: its states are taken for as large as AdamW's in 32 bits")
     return Prediction(
         moment=worst.split()[0] if worst != "optimizer step" else worst,
         items={name: size for name, size in moments[worst].items() if size},
@@ -143,7 +148,12 @@ def _at(moment: str, step: Counter[str], held: Held) -> Counter[str]:
 
 
 def _optimizer(recipe: Recipe) -> sharding.Optimizer:
-    return sharding.OPTIMIZERS.get(str(kinds.option(recipe, "optim")), sharding.UNKNOWN)
+    return sharding.OPTIMIZERS.get(optim(recipe), sharding.UNKNOWN)
+
+
+def optim(recipe: Recipe) -> str:
+    """The optimizer's name; upstream's default is computed: torch's AdamW, fused."""
+    return str(kinds.option(recipe, "optim") or "adamw_torch_fused")
 
 
 def _held(recipe: Recipe, layout: Layout, tensors: Sequence[Tensor]) -> Held:

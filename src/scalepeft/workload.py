@@ -33,12 +33,17 @@ def batch(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> dict[str, torch.T
     if recipe.task == "preference":
         padded = _padded([*rows, *rows])
         return {**padded, "completion_mask": padded["attention_mask"]}
-    if kinds.option(recipe, "packing") or kinds.option(recipe, "padding_free"):
+    if _end_to_end(recipe):
         positions = torch.cat([torch.arange(length) for documents in lengths for length in documents])
         ids = torch.zeros(1, len(positions), dtype=torch.int64)
         return {"input_ids": ids, "position_ids": positions[None], "labels": ids}
     padded = _padded(rows)
     return {**padded, "labels": padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)}
+
+
+def _end_to_end(recipe: Recipe) -> bool:
+    """Whether the rows of a micro-batch lie one behind the other, without padding."""
+    return recipe.task == "causal-lm" and bool(kinds.option(recipe, "packing") or kinds.option(recipe, "padding_free"))
 
 
 def _padded(rows: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -162,7 +167,7 @@ def _prepared(recipe: Recipe) -> Rows:
     worst = max(found, key=lambda indices: len(indices) * int(lengths[indices].max()))
     documents = [train.rows[i]["seq_lengths"] if train.documents else [int(lengths[i])] for i in worst]
     order.set_epoch(0)
-    padding = 0.0 if train.documents or kinds.option(recipe, "padding_free") else order.padding_waste()
+    padding = 0.0 if _end_to_end(recipe) else order.padding_waste()
     return Rows(
         longest=documents,
         told="the largest batch of the prepared rows",
@@ -183,7 +188,7 @@ def _assumed(recipe: Recipe) -> Rows:
     told = f"{key}: the rows are not at hand" if named and length == named else "the model's window: the rows are not at hand"
     batch = int(kinds.option(recipe, "per_device_train_batch_size"))
     documents = [[length]] * batch
-    if kinds.option(recipe, "packing") if recipe.generative else False:
+    if _end_to_end(recipe) and recipe.training.get("packing"):
         documents = [[length // 2, length - length // 2]] * batch
     elif batch > 1:
         documents = [[length]] * (batch - 1) + [[length - 1]]
