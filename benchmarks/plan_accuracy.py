@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,9 @@ def grid() -> dict[str, dict[str, Any]]:
         add(model, "full", 8, 128, accumulation=4)
         add(model, "LoRA", 8, 256, dropout=True)
         add(model, "LoRA", 16, 256, eager=True)
-        for layout in LAYOUTS:
-            add(model, "LoRA", 16, 256, layout=layout)
-            add(model, "full", 16, 256, layout=layout)
+    for layout in LAYOUTS:
+        add("encoder", "LoRA", 16, 256, layout=layout)
+        add("decoder", "full", 16, 256, layout=layout)
     add("decoder", "LoRA", 8, 512, packing=True)
     add("decoder", "QLoRA", 8, 512, layout="zero3")
     add("decoder", "DPO", 8, 256)
@@ -144,54 +144,75 @@ def rows(folder: Path, case: Mapping[str, Any]) -> None:
 # --- the instrument -------------------------------------------------------------------------------------------------------
 
 
-def child(recipe: str, file: str) -> None:
-    """Train a recipe in this process, without verifying it, and write the peak of the allocator in training."""
+def child(pairs: Sequence[str]) -> None:
+    """Train recipes in this process, without verifying them, and write the peak of the allocator in training of each."""
+    import gc
+
     import torch
+    from accelerate.state import AcceleratorState, PartialState
 
     from scalepeft import ranks, train
     from scalepeft import recipe as recipes
 
-    found: dict[str, int] = {}
-    if torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true":
-        torch.accelerator.reset_peak_memory_stats()
-        train.train(recipes.load(recipe))
-        found = {"peak": torch.accelerator.max_memory_allocated()}
-    else:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            run = train.train(recipes.load(recipe))
-        del run
-        found = {"peak": allocated(profile)}
-    if ranks.rank() == 0:
-        Path(file).write_text(json.dumps(found), encoding="utf-8")
+    for recipe, file in zip(pairs[::2], pairs[1::2], strict=True):
+        if torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true":
+            torch.accelerator.reset_peak_memory_stats()
+            train.train(recipes.load(recipe))
+            peak = torch.accelerator.max_memory_allocated()
+        else:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+                train.train(recipes.load(recipe))
+            peak = allocated(profile)
+            del profile
+        if ranks.rank() == 0:
+            Path(file).write_text(json.dumps({"peak": peak}), encoding="utf-8")
+        if ranks.processes() == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  # as its own tests do between two trainings
+            PartialState._reset_state()  # noqa: SLF001
+            gc.collect()
 
 
 def allocated(profile: Any) -> int:
-    """The most bytes that the CPU's allocator had given out at any time, from its own reports."""
-    reports = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    """The most bytes that the CPU's allocator had given out at any time, of those that it gave out while it was watched."""
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "trace.json"
+        profile.export_chrome_trace(str(file))
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    reports = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    alive: dict[int, int] = {}
     now = most = 0
-    for event in sorted(reports, key=lambda found: found.start_ns()):
-        now += event.nbytes()
+    for report in (event["args"] for event in reports):
+        size = report["Bytes"]
+        if size > 0:
+            alive[report["Addr"]] = size
+        else:
+            size = -alive.pop(report["Addr"], 0)
+        now += size
         most = max(most, now)
     return most
 
 
-def measure(case: Mapping[str, Any]) -> int:
-    """Train a case in processes of its own."""
+def measure(cases: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Train cases in a process of their own, which is the same for those of one process."""
     with tempfile.TemporaryDirectory() as place:
-        recipe, file = write(Path(place), case), Path(place) / "peak.json"
-        command = [sys.executable, __file__, "--child", str(recipe), str(file)]
+        pairs: list[str] = []
+        for number, case in enumerate(cases):
+            folder = Path(place) / str(number)
+            folder.mkdir()
+            pairs += [str(write(folder, case)), str(folder / "peak.json")]
+        command = [sys.executable, __file__, "--child", *pairs]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-        if layout := case.get("layout"):
+        if layout := cases[0].get("layout"):
             from scalepeft import launch
 
             environment["ACCELERATE_USE_CPU"] = "true"
             config = launch.shipped()[LAYOUTS[layout]]
             command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
-            command += ["--main_process_port", "0", __file__, "--child", str(recipe), str(file)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
-        if done.returncode or not file.is_file():
-            sys.exit(f"{case}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        return int(json.loads(file.read_text(encoding="utf-8"))["peak"])
+            command += ["--main_process_port", "0", __file__, "--child", *pairs]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3600)
+        if done.returncode:
+            sys.exit(f"{cases}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return [int(json.loads(Path(file).read_text(encoding="utf-8"))["peak"]) for file in pairs[1::2]]
 
 
 def predict(case: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,24 +232,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--predict", action="store_true", help="measure nothing")
     parser.add_argument("--only", default="", metavar="WORD", help="cases whose name has the word")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(*options.child)
+        child(options.child)
         return 0
     kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {"cases": {}}
-    for name, case in grid().items():
-        if options.only not in name:
-            continue
-        entry = kept["cases"].setdefault(name, {})
-        if not options.predict and "measured" not in entry:
-            entry["measured"] = measure(case)
+    chosen = {name: case for name, case in grid().items() if options.only in name}
+    entries = {name: kept["cases"].setdefault(name, {}) for name in chosen}
+    if not options.predict:
+        left = [name for name in chosen if "measured" not in entries[name]]
+        alone = [name for name in left if "layout" not in chosen[name]]
+        for names in filter(None, (alone, *([name] for name in left if "layout" in chosen[name]))):
+            for name, peak in zip(names, measure([chosen[name] for name in names]), strict=True):
+                entries[name]["measured"] = peak
+            KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    for name, entry in entries.items():
         if "measured" not in entry:
             continue
-        entry["predicted"] = predict(case)
-        KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        entry["predicted"] = predict(chosen[name])
         off = entry["predicted"]["peak"] / entry["measured"] - 1
         print(f"{name:50} {entry['measured'] / 2**20:10.1f} {entry['predicted']['peak'] / 2**20:10.1f} MiB {off:+.1%}", flush=True)
+    kept["cases"] = {name: kept["cases"][name] for name in grid() if kept["cases"].get(name)}
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     return verdict(kept["cases"])
 
 

@@ -103,7 +103,7 @@ def build(recipe: Recipe, *, labels: list[str], total_steps: int = 100, checkpoi
     config = model.configuration(recipe, labels)
     with torch.device("meta"), _default_dtype(_dtype(recipe, config, notes)):
         with upstream_errors(recipe, "model.name_or_path"):
-            base = _skeleton(recipe, config)
+            base = _skeleton(recipe, config, notes)
         if recipe.quantization is not None:
             _replace_linears(recipe, config, base)
         if recipe.model.added_tokens:
@@ -120,10 +120,13 @@ def build(recipe: Recipe, *, labels: list[str], total_steps: int = 100, checkpoi
     return Blueprint(model=built, base=base, mode=mode, layers=_alike(base), notes=tuple(notes))
 
 
-def _skeleton(recipe: Recipe, config: Any) -> Any:
-    auto = model.AUTO[recipe.task]
-    if recipe.model.attn_implementation:
-        config._attn_implementation = recipe.model.attn_implementation  # noqa: SLF001  # as from_pretrained does
+def _skeleton(recipe: Recipe, config: Any, notes: list[str]) -> Any:
+    auto, attention = model.AUTO[recipe.task], recipe.model.attn_implementation
+    if attention and attention.startswith("flash"):  # which need a GPU to be loaded
+        notes.append(f"model.attn_implementation {attention} is counted as torch's own kernel, which keeps the same, without a mask")
+        attention = "sdpa"
+    if attention:
+        config._attn_implementation = attention  # noqa: SLF001  # as from_pretrained does
     if type(config) in auto._model_mapping:  # noqa: SLF001
         kind = _get_model_class(config, auto._model_mapping)  # noqa: SLF001
         return kind._from_config(config)  # noqa: SLF001  # which chooses the attention, as from_pretrained does

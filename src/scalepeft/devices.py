@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own custom
-from torch.overrides import TorchFunctionMode
 
 _aten = torch.ops.aten
 
@@ -27,33 +26,28 @@ def _dequantised(given: Any, _: Any, shape: Any, *__: Any, absmax_8bit: Any = No
 _WITHIN: dict[Any, Callable[..., int]] = {}
 
 
-class _Accelerator(TorchFunctionMode):
-    """Calls in place of a CPU's functions those that an accelerator would run."""
-
-    def __init__(self, *, autocasts: bool) -> None:
-        super().__init__()
-        self.autocasts = autocasts
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002  # upstream's
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            return _dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        if func in _IN_FP32 and self.autocasts and torch.is_autocast_enabled("cpu"):
-            args = tuple(a.float() if isinstance(a, torch.Tensor) and a.dtype in _HALF else a for a in args)
-            kwargs = {n: a.float() if isinstance(a, torch.Tensor) and a.dtype in _HALF else a for n, a in kwargs.items()}
-        return func(*args, **kwargs)
-
-
 _HALF = (torch.bfloat16, torch.float16)
-_IN_FP32 = {F.layer_norm, F.softmax, F.log_softmax, F.cross_entropy, F.mse_loss, torch.softmax, torch.log_softmax, torch.pow}
+_IN_FP32 = ("layer_norm", "softmax", "log_softmax", "cross_entropy")
 """Of the functions that CUDA's autocast runs in float32, and a CPU's does not, those that models here use."""
 
 
-def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    if not training or p == 0 or inplace:
-        return F.dropout(x, p, training, inplace)
+def _in_fp32(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def found(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            args = tuple(map(_raised, args))
+            kwargs = {name: _raised(value) for name, value in kwargs.items()}
+        return function(*args, **kwargs)
+
+    return found
+
+
+def _raised(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _HALF else value
+
+
+def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: ARG001  # in place saves no mask
+    if not training or p == 0:
+        return x
     return torch.native_dropout(x, p, True)[0]
 
 
@@ -82,22 +76,24 @@ def _attention(
 
 
 @contextlib.contextmanager
-def as_accelerator(*, autocasts: bool) -> Iterator[None]:
-    """Run what an accelerator would, where that holds other bytes than a CPU. `autocasts`: under mixed precision."""
+def as_accelerator() -> Iterator[None]:
+    """Run what an accelerator would, where that holds other bytes than a CPU."""
     from trl.kernels import chunked_logprob
 
     def nothing(*_: Any, **__: Any) -> None:
         """TRL's Triton kernels work within their tile."""
 
-    before = {name: getattr(chunked_logprob, name) for name in ("_forward_tile", "_backward_tile")}
-    for name in before:
-        setattr(chunked_logprob, name, nothing)
+    acting: list[tuple[Any, str, Any]] = [(F, name, _in_fp32(getattr(F, name))) for name in _IN_FP32]
+    acting += [(F, "dropout", _dropout), (F, "scaled_dot_product_attention", _attention)]
+    acting += [(chunked_logprob, name, nothing) for name in ("_forward_tile", "_backward_tile")]
+    before = [(module, name, getattr(module, name)) for module, name, _ in acting]
+    for module, name, function in acting:
+        setattr(module, name, function)
     try:
-        with _Accelerator(autocasts=autocasts):
-            yield
+        yield
     finally:
-        for name, function in before.items():
-            setattr(chunked_logprob, name, function)
+        for module, name, function in before:
+            setattr(module, name, function)
 
 
 def _register() -> None:

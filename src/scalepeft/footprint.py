@@ -33,13 +33,33 @@ class Step:
     """By the moments of the step, its bytes when they were most, by what they are."""
     flops: int
     """Of the forward and the backward pass, what is computed twice counted twice."""
-    saved: int = 0
-    """Bytes that are kept from the forward pass for the backward pass."""
+    estimate: bool = False
+    """Whether it was not traced, but is a rule of thumb's."""
 
     @property
     def peak(self) -> Counter[str]:
         """The bytes of the worst moment."""
         return max(self.moments.values(), key=lambda held: held.total())
+
+
+UNTRACEABLE = (RuntimeError, NotImplementedError, AssertionError, TypeError, AttributeError, ValueError, ImportError)
+"""What upstream's code raises where it looks at numbers, which are not there, or runs what has no form without them."""
+
+
+def guess(blueprint: Blueprint, tokens: int, *, recomputed: bool) -> Step:
+    """What a step may take that cannot be traced: good to a factor of two.
+
+    Of each token a block keeps some 34 bytes for each of its hidden units at 2 bytes a number (Korthikanti et al. 2022, arXiv
+    2205.05198, without what fused attention saves), or 2 where it is recomputed; a parameter computes 6 operations of a token.
+    """
+    config = blueprint.base.config.get_text_config()
+    layers, hidden = (int(getattr(config, name, 1) or 1) for name in ("num_hidden_layers", "hidden_size"))
+    wide = next(blueprint.model.parameters()).element_size() / 2
+    kept = tokens * hidden * wide * (2 * layers + 34 if recomputed else 34 * layers)
+    logits = tokens * int(getattr(config, "vocab_size", 0)) * 4
+    counted = sum(p.numel() for p in blueprint.model.parameters())
+    moment = Counter({ACTIVATIONS: int(kept), LOSS: min(logits, 2**30)})
+    return Step(moments={"loss": moment}, flops=6 * counted * tokens, estimate=True)
 
 
 class Memory(TorchDispatchMode):
@@ -152,8 +172,7 @@ def _extended(short: Step, long: Step, *, times: int) -> Step:
     for name, held in long.moments.items():
         before = short.moments.get(name, held)
         moments[name] = Counter({kind: held[kind] + times * (held[kind] - before[kind]) for kind in {*held, *before}})
-    more = times * (long.saved - short.saved)
-    return Step(moments=moments, flops=long.flops + times * (long.flops - short.flops), saved=long.saved + more)
+    return Step(moments=moments, flops=long.flops + times * (long.flops - short.flops))
 
 
 def _run(
@@ -172,19 +191,20 @@ def _run(
     with blueprint.mode:
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if accumulates and parameter.requires_grad and not frees else None
-        given = {name: tensor.clone() for name, tensor in batch.items() if tensor.is_floating_point()}
-    given = {**batch, **given}
+        # masks and positions are real: the models look at them; what the loss makes of labels is large, and nobody looks
+        targets = {name: batch[name].clone() for name in ("labels", "completion_mask") if name in batch}
+    given = {**batch, **targets}
     held = [*tensors, *(p.grad for p in model.parameters() if p.grad is not None), *given.values()]
     memory = Memory(held, devices.hidden)
     handles = list(_follow(memory, blueprint.base, list(layers)))
     handles += [p.register_post_accumulate_grad_hook(partial(_took, memory, frees)) for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext()
-    acting = devices.as_accelerator(autocasts=dtype is not None) if accelerator else contextlib.nullcontext()
+    acting = devices.as_accelerator() if accelerator else contextlib.nullcontext()
     try:
         with memory, acting:
             with autocast:
                 found = loss(model, given)
-            memory.moment, saved = "loss", memory.total
+            memory.moment = "loss"
             memory.kind = BACKWARD
             found.backward()
             memory.moment = "after"
@@ -193,7 +213,7 @@ def _run(
             handle.remove()
         for parameter in model.parameters():
             parameter.grad = None
-    return Step(moments=memory.moments, flops=memory.flops, saved=saved)
+    return Step(moments=memory.moments, flops=memory.flops)
 
 
 def _took(memory: Memory, frees: bool, parameter: torch.Tensor) -> None:

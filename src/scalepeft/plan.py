@@ -46,10 +46,11 @@ class Plan:
     @property
     def needed(self) -> tuple[int, int, int]:
         """Bytes of a device: at least, likely, at most."""
-        peak = self.found.peak
+        peak, unsure = self.found.peak, self.found.uncertain
+        peaks = (peak - unsure // 2, peak, peak + unsure)
         if not self.accelerator:
-            return peak, peak, peak
-        low, mid, high = (int(peak * (1 + share) + context) for share, context in zip(FRAGMENTS, CONTEXT, strict=True))
+            return peaks
+        low, mid, high = (int(p * (1 + share) + context) for p, share, context in zip(peaks, FRAGMENTS, CONTEXT, strict=True))
         return low, mid, high
 
     @property

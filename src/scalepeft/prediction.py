@@ -9,6 +9,7 @@ from typing import Any
 
 from scalepeft import blueprint, footprint, kinds, sharding, workload
 from scalepeft.blueprint import Blueprint, Quantised
+from scalepeft.errors import one_line
 from scalepeft.recipe import Recipe
 from scalepeft.sharding import Held, Layout, Tensor
 
@@ -33,6 +34,8 @@ class Prediction:
     """Bytes of the largest weight, likewise."""
     saved: int
     """Bytes of what is trained, as it is saved."""
+    uncertain: int
+    """Bytes of it that are an estimate: they may be half, or twice as much."""
     notes: tuple[str, ...]
 
     @property
@@ -76,12 +79,14 @@ def sketch(
     """Trace the steps that these layouts need. Raises UserError as `model.build` does."""
     options = checkpointing(recipe)
     drawn = blueprint.build(recipe, labels=labels, checkpointing=options is not None)
-    batch, loss = workload.batch(recipe, lengths), workload.loss(recipe, drawn.base)
+    batch, loss, notes = workload.batch(recipe, workload.without_mask(recipe, lengths)), workload.loss(recipe, drawn.base), []
     tensors = list(_tensors(recipe, drawn))
     steps = {}
     for layout in layouts:
         key = _key(recipe, layout, tensors)
-        if key not in steps:
+        if key in steps:
+            continue
+        try:
             steps[key] = footprint.trace(
                 drawn,
                 batch,
@@ -92,6 +97,12 @@ def sketch(
                 frees_gradients=key[1],
                 checkpointing=options,
             )
+        except footprint.UNTRACEABLE as error:
+            steps[key] = footprint.guess(drawn, max(map(sum, lengths)) * len(lengths), recomputed=options is not None)
+            notes.append(f"the step cannot be traced ({one_line(error)[:120]}): activations and operations are estimates")
+    large = workload.mask(recipe, lengths)
+    if workload.without_mask(recipe, lengths) is not lengths and not str(recipe.model.attn_implementation).startswith("flash"):
+        notes.append(f"attention without its mask, which here would be one of {large:,} elements: flash attention needs none")
     plain = [t.numel() * t.element_size() for t in drawn.model.parameters()]
     plain += [m.count * m.dtype.itemsize for m in drawn.model.modules() if isinstance(m, Quantised)]
     return Sketch(
@@ -102,7 +113,7 @@ def sketch(
         unquantised=sum(plain),
         largest=max(plain),
         accelerator=accelerator,
-        notes=drawn.notes,
+        notes=(*drawn.notes, *dict.fromkeys(notes)),
     )
 
 
@@ -135,6 +146,7 @@ def predict(drawn: Sketch, layout: Layout) -> Prediction:
         unquantised=drawn.unquantised,
         largest=drawn.largest,
         saved=gradients,
+        uncertain=step.peak.total() if step.estimate else 0,
         notes=tuple(notes),
     )
 

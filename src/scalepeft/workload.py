@@ -21,11 +21,21 @@ from scalepeft.tasks import SequenceClassification, SequenceRegression
 Batch = Mapping[str, torch.Tensor]
 
 
+_MOST = 2**22
+"""Tokens of a micro-batch that a plan takes for meant."""
+_MASK = 2**30
+"""Bytes of an attention mask that a plan makes, for a mask is looked at: the models make one only where it is needed."""
+
+
 def batch(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     """A micro-batch of rows, each given as the lengths in tokens of the documents in it (one, unless it is packed).
 
     Token ids are all 0: no operation's memory depends on them. Of a preference, a row is the prompt with its longer answer.
+    Raises UserError for more tokens than anybody trains on at once.
     """
+    if (tokens := sum(map(sum, lengths))) > _MOST:
+        key = "training.max_length" if recipe.generative else "data.max_length"
+        raise recipe.error(key, f"makes micro-batches of {tokens:,} tokens; at most {_MOST:,} are planned")
     rows = [sum(documents) for documents in lengths]
     if not recipe.generative:
         labels = torch.zeros(len(rows), dtype=torch.float32 if recipe.regression else torch.int64)
@@ -39,6 +49,19 @@ def batch(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> dict[str, torch.T
         return {"input_ids": ids, "position_ids": positions[None], "labels": ids}
     padded = _padded(rows)
     return {**padded, "labels": padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)}
+
+
+def without_mask(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    """The lengths with which attention needs no mask, where that would be too large to be made here, or is none of a kernel's."""
+    if mask(recipe, lengths) <= _MASK and not str(recipe.model.attn_implementation).startswith("flash"):
+        return lengths
+    return [[max(map(sum, lengths))] for _ in lengths] if not _end_to_end(recipe) else [[sum(map(sum, lengths))]]
+
+
+def mask(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> int:
+    """Elements of the attention mask of a micro-batch."""
+    longest = max(map(sum, lengths))
+    return sum(map(sum, lengths)) ** 2 if _end_to_end(recipe) else len(lengths) * longest**2
 
 
 def _end_to_end(recipe: Recipe) -> bool:
