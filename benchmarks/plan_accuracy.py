@@ -3,6 +3,7 @@
     python benchmarks/plan_accuracy.py              measure what is not measured yet, predict, write results and page
     python benchmarks/plan_accuracy.py --predict    predict anew and write, without measuring
     python benchmarks/plan_accuracy.py --only WORD  those whose name has the word
+    python benchmarks/plan_accuracy.py --page       write the page from what is kept
 
 Measured is `scalepeft train` itself, a few steps of it, by an instrument that shares no code with the plan: on a CPU torch's
 profiler, to which the allocator reports each allocation; on an accelerator torch's own peak of the allocator. It exits with
@@ -12,6 +13,7 @@ status 1 when the predictions are further off than is claimed.
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
 import os
 import statistics
@@ -19,12 +21,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "plan.md"
+CONFIGS = ROOT / "benchmarks" / "configs"
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes")
 KEPT = ROOT / "benchmarks" / "results" / "plan_accuracy.json"
 MEDIAN, WORST, UNDER = 0.03, 0.10, 0.05
 """What is claimed: the median and the largest relative error, and how far a prediction may lie below."""
@@ -40,7 +46,12 @@ DECODER = {
     "dtype": "float32",
 }  # fmt: skip
 LORA = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32"}
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "float32",
+}
 LAYOUTS = {"ddp": "multi_cpu", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
 
 
@@ -121,7 +132,7 @@ def model(folder: Path, config: Mapping[str, Any]) -> None:
     kind = AutoModelForCausalLM if config["model_type"] == "llama" else AutoModel
     kind.from_config(AutoConfig.for_model(**config)).save_pretrained(folder)
     words = {name: number for number, name in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(900))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106  # no password
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
@@ -232,12 +243,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--predict", action="store_true", help="measure nothing")
     parser.add_argument("--only", default="", metavar="WORD", help="cases whose name has the word")
+    parser.add_argument("--page", action="store_true", help="write the page from what is kept")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child)
         return 0
     kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {"cases": {}}
+    if options.page:
+        PAGE.write_text(page(kept), encoding="utf-8")
+        return verdict(kept["cases"])
     chosen = {name: case for name, case in grid().items() if options.only in name}
     entries = {name: kept["cases"].setdefault(name, {}) for name in chosen}
     if not options.predict:
@@ -252,17 +267,162 @@ def main() -> int:
             continue
         entry["predicted"] = predict(chosen[name])
         off = entry["predicted"]["peak"] / entry["measured"] - 1
-        print(f"{name:50} {entry['measured'] / 2**20:10.1f} {entry['predicted']['peak'] / 2**20:10.1f} MiB {off:+.1%}", flush=True)
+        print(
+            f"{name:50} {entry['measured'] / 2**20:10.1f} {entry['predicted']['peak'] / 2**20:10.1f} MiB {off:+.1%}", flush=True
+        )
     kept["cases"] = {name: kept["cases"][name] for name in grid() if kept["cases"].get(name)}
+    kept |= {
+        "date": dt.datetime.now().astimezone().date().isoformat(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+    kept["published"] = {name: published(**case) for name, case in PUBLISHED.items()}
     KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(kept), encoding="utf-8")
     return verdict(kept["cases"])
+
+
+# --- figures that others have published -----------------------------------------------------------------------------------
+
+
+QLORA = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "LLaMA-65B, QLoRA, one device of 48 GB": {
+        "base": "huggyllama--llama-65b", "told": "fits into 48 GB", "limit": 48.0, "rank": 64, "batch": 1, "length": 512,
+        "source": "arXiv 2305.14314",
+    },
+    "LLaMA-7B, QLoRA, one device": {
+        "base": "huggyllama--llama-7b", "told": "under 8 GB", "limit": 8.0, "rank": 64, "batch": 1, "length": 512,
+        "source": "arXiv 2305.14314, figure 6, with what is needed beside the weights",
+    },
+    "Llama-2-70B, QLoRA, ZeRO-3, 2 devices": {
+        "base": "meta-llama--Llama-2-70b-hf", "told": "36.6 GB each", "figure": 36.6, "rank": 8, "batch": 4, "length": 2048,
+        "engine": {"engine": "DEEPSPEED", "stage": 3, "processes": 2}, "storage": "bfloat16",
+        "source": "peft's guide to DeepSpeed",
+    },
+    "Llama-2-70B, QLoRA, FSDP with offload, 2 devices": {
+        "base": "meta-llama--Llama-2-70b-hf", "told": "19.6 GB each", "figure": 19.6, "rank": 8, "batch": 2, "length": 2048,
+        "engine": {"engine": "FSDP", "processes": 2, "parameters_on_host": True, "optimizer_on_host": True},
+        "storage": "bfloat16", "source": "peft's guide to FSDP",
+    },
+}  # fmt: skip
+"""What is known of each run; what its source does not say is as in the recipes here: NF4, double quantisation, bf16, recomputed
+activations."""
+
+
+def published(
+    *,
+    base: str,
+    rank: int,
+    batch: int,
+    length: int,
+    engine: Mapping[str, Any] | None = None,
+    storage: str | None = None,
+    **told: Any,
+) -> dict[str, Any]:
+    """What the plan says of a published run."""
+    from scalepeft import plan, sharding
+    from scalepeft import recipe as recipes
+
+    optim = "adamw_torch_fused" if engine else "paged_adamw_32bit"
+    recipe = {
+        "task": "causal-lm",
+        "model": {"name_or_path": str(CONFIGS / base), "dtype": "bfloat16"},
+        "quantization": QLORA | ({"bnb_4bit_quant_storage": storage} if storage else {}),
+        "adapter": {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": "all-linear"},
+        "data": {"train": {"path": "rows/elsewhere"}},
+        "training": {"per_device_train_batch_size": batch, "max_length": length, "bf16": True, "optim": optim},
+    }
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "published.yaml"
+        file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        found = plan.plan(recipes.load(file), sharding.Layout(name="published", **(engine or {})))
+    return {**told, "peak": found.found.peak, "needed": found.needed, "items": dict(found.found.items)}
+
+
+# --- the page -------------------------------------------------------------------------------------------------------------
+
+
+PROSE = """\
+<!-- Written by benchmarks/plan_accuracy.py from what it measured: run it, change no row by hand. -->
+# What a plan is made of, and how far it can be trusted
+
+`scalepeft plan` builds the recipe's model from its configuration, with peft's own adapter and bitsandbytes' own storage, on
+tensors that have sizes and no memory; runs one micro-batch forward and backward on them; and counts at every operation the
+storages that are alive. What the engine divides or adds is put on top: [sharding.py](../src/scalepeft/sharding.py) has
+it as DeepSpeed's, torch's and accelerate's sources do. A model of many like layers is run with four and with five of them: each
+layer adds the same bytes at each moment of the step, so that two short models tell a deep one exactly.
+
+- **Traced**: activations, what the backward pass makes, gradients, logits and loss, and the operations, with the recipe's
+  precision, checkpointing, packing and longest batch.
+- **Calculated**: weights and constants as they are stored, optimizer states, master weights, buckets, gathered weights.
+- **Estimated, and said so**: fragmentation, the driver's context, the peaks of loading and merging, and, where a model's code
+  cannot run without numbers, its activations.
+
+On a GPU, functions are traced that a GPU runs (fused dropout and attention, CUDA's autocast, TRL's Triton kernels). No GPU has
+been measured yet: the script is ready for one, and takes the allocator's own peak there.
+
+## Predicted and measured
+
+`scalepeft train`, three steps of small models with random weights on CPUs in fp32; measured by torch's profiler, to which the
+allocator reports what it gives out. {date}, with {versions}. DDP and ZeRO with two processes, rank 0.
+{summary}
+
+{table}
+
+ZeRO's fixed part is its bucket of 500 million numbers, 1.9 GiB in fp32, whatever is trained: the launch files leave DeepSpeed's
+default as it is.
+
+## Published figures
+
+What others have published, and what the plan says of the same model, batch and length. GB are 10^9 bytes.
+
+{published}
+
+{why}
+"""
+WHY = """\
+Where the two differ by more than a tenth: the sources give what the driver shows or a peak of their run, with lengths that vary
+below the limit given here, their versions of attention and loss (whole logits where the loss here is fused), and with what FSDP
+and DeepSpeed of their time kept gathered."""
+
+
+def page(kept: Mapping[str, Any]) -> str:
+    """The text of docs/plan.md."""
+    cases = {name: of for name, of in kept["cases"].items() if "predicted" in of}
+    median, worst, under = errors(cases)
+    lines = ["| case | measured, MiB | predicted, MiB | |", "|---|---|---|---|"]
+    for name, of in cases.items():
+        measured, predicted = of["measured"], of["predicted"]["peak"]
+        lines.append(f"| {name} | {measured / 2**20:,.1f} | {predicted / 2**20:,.1f} | {predicted / measured - 1:+.1%} |")
+    rows = ["| run | published | plan: allocated | plan: with context | source |", "|---|---|---|---|---|"]
+    for name, of in kept["published"].items():
+        rows.append(f"| {name} | {of['told']} | {of['peak'] / 1e9:.1f} GB | {of['needed'][1] / 1e9:.1f} GB | {of['source']} |")
+    return PROSE.format(
+        date=kept["date"],
+        versions=", ".join(f"{name} {version}" for name, version in kept["versions"].items()),
+        summary=f"Of {len(cases)} cases the median error is {median:.1%}, the largest {worst:.1%}; "
+        f"none lies more than {max(under, 0):.1%} below.",
+        table="\n".join(lines),
+        published="\n".join(rows),
+        why=WHY,
+    )
+
+
+def errors(cases: Mapping[str, Mapping[str, Any]]) -> tuple[float, float, float]:
+    """The median and the largest relative error, and the most by which a prediction lies below."""
+    off = [of["predicted"]["peak"] / of["measured"] - 1 for of in cases.values() if "predicted" in of]
+    return statistics.median(map(abs, off)), max(map(abs, off)), -min(off)
 
 
 def verdict(cases: Mapping[str, Mapping[str, Any]]) -> int:
     """0 when what is claimed holds of all cases that are measured."""
-    off = [of["predicted"]["peak"] / of["measured"] - 1 for of in cases.values() if "predicted" in of]
-    median, worst, under = statistics.median(map(abs, off)), max(map(abs, off)), -min(off)
-    print(f"{len(off)} cases: median {median:.1%}, worst {worst:.1%}, most below {under:.1%}")
+    median, worst, under = errors(cases)
+    print(f"{len(cases)} cases: median {median:.1%}, worst {worst:.1%}, most below {under:.1%}")
     return int(median > MEDIAN or worst > WORST or under > UNDER)
 
 

@@ -25,7 +25,14 @@ def llama(folder: Path, **changes) -> Path:
     """A folder with a configuration alone."""
     folder.mkdir(exist_ok=True)
     small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    shape = {**LLAMA_70B, **small, "num_hidden_layers": 9, "vocab_size": 500, "max_position_embeddings": 256, "dtype": "float32"}
+    shape = {
+        **LLAMA_70B,
+        **small,
+        "num_hidden_layers": 9,
+        "vocab_size": 500,
+        "max_position_embeddings": 256,
+        "dtype": "float32",
+    }
     (folder / "config.json").write_text(json.dumps(shape | changes), encoding="utf-8")
     return folder
 
@@ -37,7 +44,12 @@ def sft(tmp_path):
     def made(base: Path | None = None, **training) -> recipes.Recipe:
         base = base or llama(tmp_path / "llama")
         file = tmp_path / "sft.yaml"
-        given = {"per_device_train_batch_size": 2, "max_length": 64, "bf16": False, "activation_checkpointing": False} | training
+        given = {
+            "per_device_train_batch_size": 2,
+            "max_length": 64,
+            "bf16": False,
+            "activation_checkpointing": False,
+        } | training
         file.write_text(
             json.dumps(
                 {
@@ -94,7 +106,13 @@ def test_a_4_bit_base_is_counted_as_bitsandbytes_stores_it(sft, tmp_path):
         assert layer.outer.nbytes == weight.quant_state.state2.absmax.nbytes
 
 
-@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_32bit", "ademamix", "ademamix_8bit", "rmsprop_bnb"])  # fmt: skip
+OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit",
+    "paged_lion_32bit", "ademamix", "ademamix_8bit", "rmsprop_bnb",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
 def test_optimizers_keep_what_the_table_says(name):
     from transformers import Trainer, TrainingArguments
@@ -107,13 +125,23 @@ def test_optimizers_keep_what_the_table_says(name):
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     made.step()
-    states = [t for of in made.state.values() for key, t in of.items() if torch.is_tensor(t) and t.numel() > 1 and "qmap" not in key]
+    states = [
+        t for of in made.state.values() for key, t in of.items() if torch.is_tensor(t) and t.numel() > 1 and "qmap" not in key
+    ]
     predicted = sharding.OPTIMIZERS[name].size([(p.numel(), 4) for p in parameters])
     assert sum(t.nbytes for t in states) == predicted
 
 
 def test_the_parameters_are_those_of_the_model_that_is_trained(toy, train):
-    recipe = toy(training={"max_steps": 1, "eval_on_start": False, "eval_strategy": "no", "save_strategy": "no", "num_train_epochs": None})
+    recipe = toy(
+        training={
+            "max_steps": 1,
+            "eval_on_start": False,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "num_train_epochs": None,
+        }
+    )
     found = plan.plan(recipes.load(recipe), sharding.Layout(), accelerator=False)
     assert found.found.parameters == train(recipe, verify=False).record["parameters"]
     assert found.steps == 1
@@ -183,4 +211,7 @@ def test_what_cannot_be_planned_is_a_line(sft, arguments, told):
 
 def test_devices_are_named_as_their_makers_do():
     assert hardware.device("H100_80GB").flops == 989e12
-    assert all(device.memory % hardware.GIB == 0 and f"-{device.memory // hardware.GIB}gb" in name for name, device in hardware.DEVICES.items())
+    assert all(
+        device.memory % hardware.GIB == 0 and f"-{device.memory // hardware.GIB}gb" in name
+        for name, device in hardware.DEVICES.items()
+    )

@@ -64,7 +64,7 @@ class Quantised(torch.nn.Module):
     @property
     def count(self) -> int:
         """The weights that the packed numbers stand for."""
-        return self.in_features * self.out_features
+        return int(self.in_features * self.out_features)
 
     @property
     def state(self) -> QuantState:
@@ -123,7 +123,9 @@ def build(recipe: Recipe, *, labels: list[str], total_steps: int = 100, checkpoi
 def _skeleton(recipe: Recipe, config: Any, notes: list[str]) -> Any:
     auto, attention = model.AUTO[recipe.task], recipe.model.attn_implementation
     if attention and attention.startswith("flash"):  # which need a GPU to be loaded
-        notes.append(f"model.attn_implementation {attention} is counted as torch's own kernel, which keeps the same, without a mask")
+        notes.append(
+            f"model.attn_implementation {attention} is counted as torch's own kernel, which keeps the same, without a mask"
+        )
         attention = "sdpa"
     if attention:
         config._attn_implementation = attention  # noqa: SLF001  # as from_pretrained does
@@ -187,9 +189,7 @@ def _store_quantised(built: torch.nn.Module, mode: FakeTensorMode) -> None:
             return torch.empty(shape, dtype=dtype)
 
     found = [
-        (name, module)
-        for name, module in built.named_modules()
-        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+        (name, module) for name, module in built.named_modules() if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
     ]
     for name, module in found:
         parent, _, child = name.rpartition(".")

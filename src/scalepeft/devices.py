@@ -1,4 +1,4 @@
-"""What devices do otherwise than the tensors of a plan show: temporaries inside an operation, and an accelerator's own kernels."""
+"""What devices do that the tensors of a plan do not show: temporaries inside an operation, an accelerator's own kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own custom
 
-_aten = torch.ops.aten
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention  # noqa: SLF001  # what F's function calls
+_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention  # noqa: SLF001
 
 
 def hidden(func: Any, args: Any, kwargs: Any) -> int:
@@ -51,7 +52,7 @@ def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bo
     return torch.native_dropout(x, p, True)[0]
 
 
-def _attention(
+def _attention(  # noqa: PLR0917  # F.scaled_dot_product_attention's
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -62,7 +63,7 @@ def _attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     if attn_mask is None and query.dtype in _HALF:
-        return _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]  # type: ignore[no-any-return]
+        return _FLASH(query, key, value, dropout_p, is_causal, False, scale=scale)[0]  # type: ignore[no-any-return]
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
@@ -71,7 +72,7 @@ def _attention(
         bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, float("-inf"))
     if bias is not None:
         bias = bias.expand(*query.shape[:-1], key.shape[-2])
-    found = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p, is_causal, scale=scale)
+    found = _EFFICIENT(query, key, value, bias, True, dropout_p, is_causal, scale=scale)
     return found[0]  # type: ignore[no-any-return]
 
 

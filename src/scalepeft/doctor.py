@@ -56,7 +56,9 @@ def findings() -> Iterator[Finding]:
 def _python() -> Finding:
     from scalepeft import __version__
 
-    return Finding(what="scalepeft", well=True, told=f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
+    return Finding(
+        what="scalepeft", well=True, told=f"{__version__}, Python {platform.python_version()}, {platform.platform()}"
+    )
 
 
 def _machine() -> Finding:
@@ -101,7 +103,9 @@ def _device(index: int, driver: str | None) -> Finding:
     if properties is None:
         return Finding(what=f"device {index}", well=True, told=str(torch.accelerator.current_accelerator()))
     free, total = torch.cuda.mem_get_info(index)
-    told = f"{properties.name}, {shown(total)}, {shown(free)} of it free, compute capability {properties.major}.{properties.minor}"
+    told = (
+        f"{properties.name}, {shown(total)}, {shown(free)} of it free, compute capability {properties.major}.{properties.minor}"
+    )
     busy = free < total * 0.9
     mend = "another process uses it: nvidia-smi says which" if busy else ""
     return Finding(what=f"GPU {index}", well=not busy, told=f"{told}, driver {driver or 'unknown'}", mend=mend)
@@ -118,13 +122,15 @@ def _driver() -> str | None:
 
 
 def _compiler() -> Finding:
-    compiler = next((found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))), None)
+    compiler = next(
+        (found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))), None
+    )
     ninja = shutil.which("ninja") or (str(beside) if (beside := Path(sys.executable).parent / "ninja").exists() else None)
     lacking = [name for name, found in (("a C++ compiler", compiler), ("ninja", ninja)) if not found]
     if not lacking:
         return Finding(what="compiler", well=True, told=f"{compiler}, {ninja}")
     mend = "DeepSpeed compiles extensions with them: apt-get install g++ ninja-build, or the like"
-    return Finding(what="compiler", well=False, told=f"no {' and no '.join(lacking)}", mend=mend)
+    return Finding(what="compiler", well=False, told=f"without {' and '.join(lacking)}", mend=mend)
 
 
 def _half() -> Finding:
@@ -156,7 +162,9 @@ def _attention() -> Finding:
         gpu = False
     if packages:
         return Finding(what="flash attention", well=gpu, told=f"{', '.join(packages)}" + ("" if gpu else ", for GPUs only"))
-    told = "no package of it; torch's own attention (sdpa) serves" + (", with flash kernels where there is no mask" if gpu else "")
+    told = "no package of it; torch's own attention (sdpa) serves" + (
+        ", with flash kernels where there is no mask" if gpu else ""
+    )
     mend = "pip install flash-attn, then model.attn_implementation=flash_attention_2, for long packed rows" if gpu else ""
     return Finding(what="flash attention", well=not gpu, told=told, mend=mend)
 

@@ -123,9 +123,8 @@ def overview(folder: str, configs: Path | None = None) -> str:
     files = sorted(Path(folder).rglob("*.yaml"))
     if not files:
         raise UserError(f"command line: --all {folder}: holds no recipe")
-    rows = [("recipe", "one device takes", *(f"{size} GiB" for size in COMMON))]
-    for file in files:
-        rows.append((file.relative_to(folder).with_suffix("").as_posix(), *_fits(file, configs)))
+    rows: list[tuple[str, ...]] = [("recipe", "one device takes", *(f"{size} GiB" for size in COMMON))]
+    rows += [(file.relative_to(folder).with_suffix("").as_posix(), *_fits(file, configs)) for file in files]
     return table(rows)
 
 
@@ -153,14 +152,18 @@ def cells(recipe: Recipe) -> Sequence[str]:
         assert found.device is not None  # noqa: S101  # all are named
         alone = alone or hardware.shown(found.needed[1])
         if found.fits and found.device.name not in least:
-            least[found.device.name] = f"{found.layout.processes}" + (f" ({found.layout.name})" if found.layout.processes > 1 else "")
+            least[found.device.name] = f"{found.layout.processes}" + (
+                f" ({found.layout.name})" if found.layout.processes > 1 else ""
+            )
     return (alone, *(least.get(device.name, "no") for device in devices))
 
 
 def _layouts(recipe: Recipe) -> Iterator[Layout]:
     """From one device on, those that serve the recipe."""
     for count in COUNTS:
-        if recipe.global_batch_size and recipe.global_batch_size % (count * int(recipe.training.get("per_device_train_batch_size", 8))):
+        if recipe.global_batch_size and recipe.global_batch_size % (
+            count * int(recipe.training.get("per_device_train_batch_size", 8))
+        ):
             continue
         for name in ("single_gpu",) if count == 1 else ("multi_gpu", "zero3"):
             yield sharding.read(name, count)

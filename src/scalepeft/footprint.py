@@ -62,33 +62,34 @@ def guess(blueprint: Blueprint, tokens: int, *, recomputed: bool) -> Step:
     return Step(moments={"loss": moment}, flops=6 * counted * tokens, estimate=True)
 
 
-class Memory(TorchDispatchMode):
+class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that are alive while tensors are computed, and the floating-point operations."""
 
-    def __init__(self, known: Iterable[torch.Tensor], extra: Callable[..., int]) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
-        self.extra, self.kind, self.moment = extra, ACTIVATIONS, "before"
+    def __init__(self, known: Iterable[torch.Tensor], within: Callable[..., int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known = {_key(tensor.untyped_storage()) for tensor in known}
+        self.within, self.kind, self.moment = within, ACTIVATIONS, "before"
         self.now: Counter[str] = Counter()
         self.moments: dict[str, Counter[str]] = {}
         self.flops = self.total = 0
         self._most: Counter[str] = Counter()
         self._alive: dict[int, tuple[str, int, Any]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002  # upstream's
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         found = func(*args, **kwargs)
-        for leaf in () if func._schema.is_mutable else tree_leaves(found):  # what writes into its arguments returns these
+        writes = func._schema.is_mutable  # noqa: SLF001  # what writes into its arguments returns these
+        for leaf in () if writes else tree_leaves(found):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf)
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
+        if (count := flop_registry.get(func._overloadpacket)) is not None:  # noqa: SLF001
             self.flops += count(*args, **kwargs, out_val=found)
-        self._measure(self.extra(func, args, kwargs))
+        self._measure(self.within(func, args, kwargs))
         return found
 
     def _see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = _key(storage)
         if key in self.known or key in self._alive:
             return
         size = storage.nbytes()
@@ -110,12 +111,16 @@ class Memory(TorchDispatchMode):
 
     def name(self, tensor: torch.Tensor, kind: str) -> None:
         """Say what a tensor that is held is."""
-        key = tensor.untyped_storage()._cdata
+        key = _key(tensor.untyped_storage())
         if key in self._alive:
             was, size, reference = self._alive[key]
             self._alive[key] = (kind, size, reference)
             self.now[was] -= size
             self.now[kind] += size
+
+
+def _key(storage: torch.UntypedStorage) -> int:
+    return int(storage._cdata)  # noqa: SLF001  # the only name that a storage has
 
 
 def trace(
@@ -197,7 +202,9 @@ def _run(
     held = [*tensors, *(p.grad for p in model.parameters() if p.grad is not None), *given.values()]
     memory = Memory(held, devices.hidden)
     handles = list(_follow(memory, blueprint.base, list(layers)))
-    handles += [p.register_post_accumulate_grad_hook(partial(_took, memory, frees)) for p in model.parameters() if p.requires_grad]
+    handles += [
+        p.register_post_accumulate_grad_hook(partial(_took, memory, frees)) for p in model.parameters() if p.requires_grad
+    ]
     autocast = torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext()
     acting = devices.as_accelerator() if accelerator else contextlib.nullcontext()
     try:
@@ -206,7 +213,7 @@ def _run(
                 found = loss(model, given)
             memory.moment = "loss"
             memory.kind = BACKWARD
-            found.backward()
+            found.backward()  # type: ignore[no-untyped-call]
             memory.moment = "after"
     finally:
         for handle in handles:
@@ -247,5 +254,7 @@ def _follow(memory: Memory, base: Any, layers: Sequence[torch.nn.Module]) -> Ite
         yield layer.register_forward_pre_hook(partial(enters, index))
         yield layer.register_forward_hook(partial(returns, index))
     backbone = getattr(base, base.base_model_prefix, base)
-    yield backbone.register_forward_pre_hook(lambda *_: setattr(memory, "kind", memory.kind if memory.kind == BACKWARD else ACTIVATIONS))
+    yield backbone.register_forward_pre_hook(
+        lambda *_: setattr(memory, "kind", memory.kind if memory.kind == BACKWARD else ACTIVATIONS)
+    )
     yield backbone.register_forward_hook(leaves)

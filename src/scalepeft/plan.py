@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from scalepeft import hardware, sharding
 from scalepeft import recipe as recipes
-from scalepeft.console import quiet_upstream, say, table
-from scalepeft.errors import UserError
+from scalepeft.console import note, quiet_upstream, say, speaks, table
+from scalepeft.errors import UserError, one_line
 from scalepeft.fetch import offline_if_unreachable
 from scalepeft.hardware import GIB, Device
 from scalepeft.recipe import Recipe
 from scalepeft.sharding import Layout
 
 if TYPE_CHECKING:
+    from scalepeft.data import Corpus
     from scalepeft.prediction import Prediction
     from scalepeft.workload import Rows
 
 CONTEXT = (0.4 * GIB, 0.6 * GIB, 1.0 * GIB)
-"""What a process takes of a GPU outside torch's allocator (context, kernels, libraries; several processes: NCCL's buffers, too):
-least, usual, most. An estimate: it differs with driver and GPU."""
+"""What a process takes of a GPU outside torch's allocator (context, kernels, libraries, NCCL's buffers): least, usual, most.
+
+An estimate: it differs with driver and GPU."""
 FRAGMENTS = (0.01, 0.04, 0.08)
 """The share of the allocator's peak that it holds and cannot use, likewise an estimate."""
 UTILISATION = 0.4
@@ -115,7 +117,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--memory", metavar="SIZE", help="or its memory alone, e.g. 80GiB")
     parser.add_argument("--cpu", action="store_true", help="on CPUs")
     parser.add_argument("--rows", type=int, metavar="N", help="training rows, where they are not at hand to be counted")
-    parser.add_argument("--mfu", type=float, default=UTILISATION, metavar="SHARE", help=f"of the published speed ({UTILISATION})")
+    parser.add_argument(
+        "--mfu", type=float, default=UTILISATION, metavar="SHARE", help=f"of the published speed ({UTILISATION})"
+    )
     parser.add_argument("--price", type=float, metavar="AMOUNT", help="of a device-hour")
     parser.add_argument("--json", action="store_true", help="print figures for machines")
     options = parser.parse_intermixed_args(arguments)
@@ -160,7 +164,12 @@ def plan(
 
 
 def plans(
-    recipe: Recipe, layouts: Sequence[Layout], devices: Sequence[Device | None], *, rows: int | None = None, accelerator: bool = True
+    recipe: Recipe,
+    layouts: Sequence[Layout],
+    devices: Sequence[Device | None],
+    *,
+    rows: int | None = None,
+    accelerator: bool = True,
 ) -> Iterator[Plan]:
     """The same for several layouts and devices, whose model is built once."""
     quiet_upstream()
@@ -181,6 +190,36 @@ def plans(
             yield Plan(recipe=recipe, layout=layout, device=device, rows=known, found=found, accelerator=accelerator)
 
 
+def of_training(recipe: Recipe, corpus: Corpus) -> Plan | None:
+    """The plan of a run that is about to begin on an accelerator, on its own rows; None where there is none, or no plan.
+
+    It takes a second or a few, too long for what a CPU trains, and it leaves the random numbers as they are. What goes wrong
+    with it is told, and stops nothing.
+    """
+    import torch
+
+    from scalepeft import model, prediction, workload
+
+    if model.device().type == "cpu" or not speaks():
+        return None
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    device = Device(name="this device", memory=memory, flops=None) if memory else None
+    layout = sharding.launched()
+    try:
+        with torch.random.fork_rng():
+            rows = workload.of(recipe, corpus)
+            drawn = prediction.sketch(recipe, rows.longest, rows.labels, [layout], accelerator=True)
+    except (UserError, *_FAILS) as error:
+        note(f"no plan of this run: {one_line(error)[:200]}")
+        return None
+    found = prediction.predict(drawn, layout)
+    return Plan(recipe=recipe, layout=layout, device=device, rows=rows, found=found, accelerator=True)
+
+
+_FAILS = (RuntimeError, NotImplementedError, AssertionError, TypeError, AttributeError, ValueError, KeyError, OSError)
+"""What a model may raise that is built and run without numbers."""
+
+
 # --- what is told ------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +237,6 @@ def verdict(found: Plan) -> str:
 
 
 def _blocks(found: Plan, options: argparse.Namespace) -> Iterator[str]:
-    low, likely, high = found.needed
     counts, prediction = found.found.parameters, found.found
     on = f"{found.layout.processes} x {found.device.name if found.device else 'a device'}"
     longest = max(map(sum, found.rows.longest))
@@ -211,7 +249,7 @@ def _blocks(found: Plan, options: argparse.Namespace) -> Iterator[str]:
         ],
         right=False,
     )
-    rows = [(f"each device, in the {prediction.moment}",)]
+    rows: list[tuple[str, ...]] = [(f"each device, in the {prediction.moment}",)]
     rows += [(f"  {name}", hardware.shown(size)) for name, size in _sorted(prediction.items)]
     rows.append(("  allocated", hardware.shown(prediction.peak)))
     if found.accelerator:
@@ -254,7 +292,9 @@ def _beside(found: Plan) -> dict[str, int]:
 def _work(found: Plan, options: argparse.Namespace) -> list[tuple[str, ...]]:
     prediction, steps = found.found, found.steps
     rows: list[tuple[str, ...]] = [("work",)]
-    batch = f"{found.global_batch} rows ({len(found.rows.longest)} x {found.accumulation} accumulated x {found.layout.processes})"
+    batch = (
+        f"{found.global_batch} rows ({len(found.rows.longest)} x {found.accumulation} accumulated x {found.layout.processes})"
+    )
     rows.append(("  a step", f"{batch}, {_count(prediction.flops * found.accumulation * found.layout.processes)}FLOP"))
     if steps is None:
         return [*rows, ("  the run", "unknown: the rows are not at hand to be counted; --rows N says how many there are")]
@@ -264,7 +304,11 @@ def _work(found: Plan, options: argparse.Namespace) -> list[tuple[str, ...]]:
     assert found.flops is not None  # noqa: S101  # the steps are known
     rows.append(("  the run", f"{told}, {'' if tokens else 'at most '}{_count(found.flops)}FLOP"))
     if (hours := found.hours(options.mfu)) is not None:
-        cost = f", {hours * found.layout.processes * options.price:,.2f} at {options.price:g} a device-hour" if options.price else ""
+        cost = (
+            f", {hours * found.layout.processes * options.price:,.2f} at {options.price:g} a device-hour"
+            if options.price
+            else ""
+        )
         rows.append(("  time", f"{_time(hours)} at {options.mfu:.0%} of the published speed{cost}; evaluation not counted"))
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from scalepeft import launch
+from scalepeft import launch, ranks
 from scalepeft.errors import UserError
 
 # DeepSpeed 0.19's defaults, in elements: the launch files leave them as they are
@@ -143,8 +144,24 @@ def read(name: str | None, processes: int | None) -> Layout:
     )
 
 
+def launched() -> Layout:
+    """The layout that the launcher of this process has asked for."""
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    processes, told = ranks.processes(), "ACCELERATE_DEEPSPEED_OFFLOAD_"
+    fsdp_on_host = os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+    return Layout(
+        name="launched",
+        engine="DEEPSPEED" if deepspeed else "FSDP" if fsdp else "MULTI" if processes > 1 else "NO",
+        stage=int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")) if deepspeed else 0,
+        processes=processes,
+        optimizer_on_host=fsdp_on_host or os.environ.get(f"{told}OPTIMIZER_DEVICE", "none") != "none",
+        parameters_on_host=fsdp_on_host or os.environ.get(f"{told}PARAM_DEVICE", "none") != "none",
+    )
+
+
 def held(tensors: Sequence[Tensor], layout: Layout, optimizer: Optimizer, *, half: bool) -> Held:
-    """What each process of a layout holds. `half`: under mixed precision, for which DeepSpeed turns the weights into 16 bits."""
+    """What each process of a layout holds. `half`: under mixed precision, where DeepSpeed holds the weights in 16 bits."""
     if layout.engine == "DEEPSPEED":
         return _zero(tensors, layout, optimizer, half=half)
     found = Held()

@@ -52,7 +52,7 @@ def batch(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> dict[str, torch.T
 
 
 def without_mask(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-    """The lengths with which attention needs no mask, where that would be too large to be made here, or is none of a kernel's."""
+    """The lengths with which attention needs no mask, where one would be too large to be made here, or the kernel has none."""
     if mask(recipe, lengths) <= _MASK and not str(recipe.model.attn_implementation).startswith("flash"):
         return lengths
     return [[max(map(sum, lengths))] for _ in lengths] if not _end_to_end(recipe) else [[sum(map(sum, lengths))]]
@@ -85,7 +85,8 @@ def loss(recipe: Recipe, base: Any) -> Callable[[Any, Batch], torch.Tensor]:
 
         def classified(model: Any, given: Batch) -> torch.Tensor:
             outputs = model(**{name: tensor for name, tensor in given.items() if name != "labels"})
-            return task.loss(outputs, given["labels"], len(given["labels"]))
+            found: torch.Tensor = task.loss(outputs, given["labels"], len(given["labels"]))
+            return found
 
         return classified
     from trl.trainer.utils import add_fused_lm_head
@@ -97,7 +98,7 @@ def loss(recipe: Recipe, base: Any) -> Callable[[Any, Batch], torch.Tensor]:
 
     def continued(model: Any, given: Batch) -> torch.Tensor:
         found = model(**given, use_cache=False, fused_lm_head=True)
-        return -found.log_probs.sum() / found.label_mask.sum()
+        return torch.neg(found.log_probs.sum() / found.label_mask.sum())
 
     return continued
 
@@ -171,14 +172,21 @@ def _at_hand(recipe: Recipe) -> bool:
         paths.append(asset_path(source.path) if source.path.startswith(PREFIX) else Path(source.path).expanduser())
     folder = Path(model.source(recipe))
     tokenizer = folder.is_dir() and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return tokenizer and not recipe.streams and all(p.is_file() for p in paths) and sum(p.stat().st_size for p in paths) < _SMALL
+    return (
+        tokenizer and not recipe.streams and all(p.is_file() for p in paths) and sum(p.stat().st_size for p in paths) < _SMALL
+    )
 
 
 def _prepared(recipe: Recipe) -> Rows:
     tokenizer = model.tokenizer(recipe)
-    corpus = data.prepare(recipe, tokenizer, limit=model.longest_input(recipe, tokenizer))
+    return of(recipe, data.prepare(recipe, tokenizer, limit=model.longest_input(recipe, tokenizer)))
+
+
+def of(recipe: Recipe, corpus: data.Corpus) -> Rows:
+    """The rows of a recipe that are prepared; of a stream what the recipe says."""
     train = corpus.train
-    assert isinstance(train, Prepared)  # noqa: S101  # no stream
+    if not isinstance(train, Prepared):
+        return _assumed(recipe)
     batch, lengths = int(kinds.option(recipe, "per_device_train_batch_size")), train.lengths
     seed = kinds.option(recipe, "data_seed")
     seed = int(kinds.option(recipe, "seed") if seed is None else seed)
