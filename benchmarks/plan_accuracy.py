@@ -228,13 +228,13 @@ def measure(cases: Sequence[Mapping[str, Any]]) -> list[int]:
 
 def predict(case: Mapping[str, Any]) -> dict[str, Any]:
     """What the plan says of a case."""
-    from scalepeft import plan, sharding
+    from scalepeft import forecast, sharding
     from scalepeft import recipe as recipes
 
     with tempfile.TemporaryDirectory() as place:
         recipe = recipes.load(write(Path(place), case))
         layout = sharding.read(LAYOUTS.get(case.get("layout", "")), 2 if "layout" in case else None)
-        found = plan.plan(recipe, layout, accelerator=False).found
+        found = forecast.plan(recipe, layout, accelerator=False).found
     return {"peak": found.peak, "items": dict(found.items), "moment": found.moment}
 
 
@@ -325,7 +325,7 @@ def published(
     **told: Any,
 ) -> dict[str, Any]:
     """What the plan says of a published run."""
-    from scalepeft import plan, sharding
+    from scalepeft import forecast, sharding
     from scalepeft import recipe as recipes
 
     optim = "adamw_torch_fused" if engine else "paged_adamw_32bit"
@@ -340,7 +340,7 @@ def published(
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "published.yaml"
         file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        found = plan.plan(recipes.load(file), sharding.Layout(name="published", **(engine or {})))
+        found = forecast.plan(recipes.load(file), sharding.Layout(name="published", **(engine or {})))
     return {**told, "peak": found.found.peak, "needed": found.needed, "items": dict(found.found.items)}
 
 

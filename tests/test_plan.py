@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalepeft import hardware, plan, sharding
+from scalepeft import forecast, hardware, plan, sharding
 from scalepeft import recipe as recipes
 from scalepeft.errors import UserError
 
@@ -67,19 +67,19 @@ def sft(tmp_path):
     return made
 
 
-def whole(recipe, monkeypatch, **options) -> plan.Plan:
+def whole(recipe, monkeypatch, **options) -> forecast.Plan:
     """The plan of a model all of whose layers are run."""
     from scalepeft import footprint
 
     monkeypatch.setattr(footprint, "_LONG", 1000)
-    return plan.plan(recipe, sharding.Layout(), **options)
+    return forecast.plan(recipe, sharding.Layout(), **options)
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_short_models_tell_of_a_deep_one_what_the_whole_of_it_tells(sft, monkeypatch, checkpointing, accelerator):
     recipe = sft(activation_checkpointing=checkpointing, gradient_accumulation_steps=2)
-    extended = plan.plan(recipe, sharding.Layout(), accelerator=accelerator).found
+    extended = forecast.plan(recipe, sharding.Layout(), accelerator=accelerator).found
     traced = whole(recipe, monkeypatch, accelerator=accelerator).found
     assert (extended.items, extended.flops, extended.moment) == (traced.items, traced.flops, traced.moment)
 
@@ -142,7 +142,7 @@ def test_the_parameters_are_those_of_the_model_that_is_trained(toy, train):
             "num_train_epochs": None,
         }
     )
-    found = plan.plan(recipes.load(recipe), sharding.Layout(), accelerator=False)
+    found = forecast.plan(recipes.load(recipe), sharding.Layout(), accelerator=False)
     assert found.found.parameters == train(recipe, verify=False).record["parameters"]
     assert found.steps == 1
 
@@ -166,7 +166,7 @@ def test_a_70b_recipe_is_planned_in_a_minute_and_little_memory(tmp_path, command
 
 def test_what_does_not_fit_is_told_with_the_nearest_change_that_does(sft, capsys):
     recipe = sft(per_device_train_batch_size=16, max_length=256)
-    peak = plan.plan(recipe, sharding.Layout(), accelerator=False).found.peak
+    peak = forecast.plan(recipe, sharding.Layout(), accelerator=False).found.peak
     plan.main([str(recipe.document.path), "--cpu", "--memory", f"{peak * 0.6 / 2**20}MiB"])
     said = capsys.readouterr().out
     assert "does not fit" in said

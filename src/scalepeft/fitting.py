@@ -10,8 +10,8 @@ from scalepeft import hardware, sharding
 from scalepeft import recipe as recipes
 from scalepeft.console import table
 from scalepeft.errors import UserError
+from scalepeft.forecast import Plan, plan, plans
 from scalepeft.hardware import GIB, Device
-from scalepeft.plan import Plan, plan, plans
 from scalepeft.recipe import Recipe
 from scalepeft.sharding import Layout
 

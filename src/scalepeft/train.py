@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scalepeft import launch, plan, push, ranks, upstream
+from scalepeft import forecast, launch, push, ranks, upstream
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.console import note, quiet_upstream, say, speaks
@@ -91,7 +91,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
             "_written": {name: prepared.written for name, prepared in corpus.sets.items()},
         }
     )
-    planned = plan.of_training(recipe, corpus)  # before DeepSpeed's arguments, which would divide the plan's model, too
+    planned = forecast.of_training(recipe, corpus)  # before DeepSpeed's arguments, which would divide the plan's model, too
     # several processes form their group here, after all preparation
     arguments = _arguments(recipe, run, resumed=state == "unfinished")
     engines.refuse(recipe, arguments)
@@ -116,7 +116,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Run:
         if speaks():
             say(panel.start(recipe, run, corpus, trainer, new))
         if planned is not None:
-            say(f"  plan     {plan.verdict(planned)}")
+            say(f"  plan     {forecast.verdict(planned)}")
             run.update(prediction={"peak_bytes": planned.found.peak, "needed_bytes": planned.needed[1]})
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
