@@ -117,33 +117,36 @@ def _other_training(found: Plan) -> Iterator[Change]:
 
 
 def overview(folder: str, configs: Path | None = None) -> str:
-    """A table of the recipes of a folder against common devices."""
+    """A table of the recipes of a folder against common devices. Raises UserError when there are none.
+
+    `configs` holds configurations of bases that cannot be reached, each in a folder called by the Hub id with `--` for `/`.
+    """
     if not Path(folder).is_dir():
         raise UserError(f"command line: --all {folder}: is no folder")
     files = sorted(Path(folder).rglob("*.yaml"))
     if not files:
         raise UserError(f"command line: --all {folder}: holds no recipe")
-    rows: list[tuple[str, ...]] = [("recipe", "one device takes", *(f"{size} GiB" for size in COMMON))]
-    rows += [(file.relative_to(folder).with_suffix("").as_posix(), *_fits(file, configs)) for file in files]
-    return table(rows)
+    named = [(file.relative_to(folder).with_suffix("").as_posix(), file) for file in files]
+    return table([HEADS, *((name, *cells(file, configs)) for name, file in named)])
 
 
-def _fits(file: Path, configs: Path | None) -> Sequence[str]:
-    """What one device takes, and for each size of device the least number and the layout that fit."""
+HEADS = ("recipe", "one device takes", *(f"{size} GiB" for size in COMMON))
+"""What `cells` gives of a recipe, after its name."""
+
+
+def cells(file: Path, configs: Path | None = None) -> Sequence[str]:
+    """What one device takes, and for each size of device the least number and the layout that fit; or why that is not known."""
     try:
-        return cells(recipes.load(file, _elsewhere(recipes.load(file), configs)))
+        recipe = recipes.load(file)
+        base = recipe.model.name_or_path
+        if configs and (configs / base.replace("/", "--")).is_dir():
+            recipe = recipes.load(file, [f"model.name_or_path={configs / base.replace('/', '--')}"])
+        return _cells(recipe)
     except UserError as error:
-        return (error.problems[0].partition(": ")[2][:80],)
+        return (error.problems[0].rpartition(": ")[2],)
 
 
-def _elsewhere(recipe: Recipe, configs: Path | None) -> list[str]:
-    """An override to a folder with the configuration alone, where there is one for the recipe's base."""
-    folder = (configs or Path()) / recipe.model.name_or_path.replace("/", "--")
-    return [f"model.name_or_path={folder}"] if configs and folder.is_dir() else []
-
-
-def cells(recipe: Recipe) -> Sequence[str]:
-    """One recipe's row."""
+def _cells(recipe: Recipe) -> Sequence[str]:
     devices = [Device(name=f"{size} GiB", memory=size * GIB, flops=None) for size in COMMON]
     layouts = list(_layouts(recipe))
     least: dict[str, str] = {}

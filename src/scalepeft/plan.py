@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from scalepeft import fitting, hardware, sharding
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("recipe", nargs="?", help="a recipe file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values to change, in YAML")
     parser.add_argument("--all", metavar="FOLDER", help="the recipes of a folder against common devices, as a table")
+    about = "configurations for --all where the Hub is not: FOLDER/OWNER--NAME/config.json stands for OWNER/NAME"
+    parser.add_argument("--configs", metavar="FOLDER", type=Path, help=about)
     parser.add_argument("--launch", metavar="LAYOUT", help="a file of accelerate_configs/ by its name (zero3, ...), or a path")
     parser.add_argument("--num-processes", "--num_processes", type=int, metavar="N", help="devices, one process each")
     parser.add_argument("--gpu", metavar="NAME", help="a device by name, e.g. h100-80gb")
@@ -42,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     _check(options)
     device = hardware.device(options.gpu) if options.gpu else hardware.of_memory(options.memory) if options.memory else None
     if options.all:
-        say(fitting.overview(options.all))
+        say(fitting.overview(options.all, options.configs))
         return 0
     recipe = recipes.load(options.recipe, options.overrides)
     layout = sharding.read(options.launch, options.num_processes)
@@ -85,7 +88,7 @@ def _blocks(found: Plan, options: argparse.Namespace) -> Iterator[str]:
         right=False,
     )
     rows: list[tuple[str, ...]] = [(f"each device, in the {prediction.moment}",)]
-    rows += [(f"  {name}", hardware.shown(size)) for name, size in _sorted(prediction.items)]
+    rows += [(f"  {name}", hardware.shown(size)) for name, size in _sorted(prediction.items) if size >= 2**10]
     rows.append(("  allocated", hardware.shown(prediction.peak)))
     if found.accelerator:
         rows.append(("  fragmentation (estimate)", hardware.shown(prediction.peak * FRAGMENTS[1])))
