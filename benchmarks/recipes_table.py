@@ -141,7 +141,7 @@ cores, too.
 PLANS_PROSE = """
 ## What they need
 
-As `scalepeft plan --all recipes --configs benchmarks/configs` predicts it, with rows as long as the recipe allows where the data
+As `scalepeft plan --all recipes --configs benchmarks/configs` predicts it, with rows as long as the recipe allows where data
 are not at hand: the memory of one GPU, and for GPUs of some sizes the least number of 1, 2, 8 and 16 that fits, DDP
 (multi_gpu) where that is enough and ZeRO-3 where it is not. [docs/plan.md](../docs/plan.md) says what such a figure is worth.
 

@@ -215,3 +215,51 @@ def test_devices_are_named_as_their_makers_do():
         device.memory % hardware.GIB == 0 and f"-{device.memory // hardware.GIB}gb" in name
         for name, device in hardware.DEVICES.items()
     )
+
+
+def test_a_plan_leaves_the_random_numbers_as_they_are(sft, monkeypatch):
+    """As at the start of a training: there on an accelerator, of which this process is told here."""
+    from scalepeft import console, model, workload
+
+    console.quiet_upstream()
+    recipe = sft(neftune_noise_alpha=5, bf16=True)
+    monkeypatch.setattr(model, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(workload, "of", lambda recipe, _: workload.rows(recipe))
+    before = torch.random.get_rng_state()
+    found = forecast.of_training(recipe, None)
+    assert found is not None
+    assert "takes about" in forecast.verdict(found)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_what_cannot_be_traced_is_an_estimate_with_a_range(sft, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def looks(self, x):
+        return x * float(self.down_proj(self.up_proj(x)).sum())
+
+    monkeypatch.setattr(LlamaMLP, "forward", looks)
+    found = forecast.plan(sft(), sharding.Layout(), accelerator=False)
+    low, likely, high = found.needed
+    assert low < likely < high
+    assert any("cannot be traced" in note and "estimates" in note for note in found.found.notes)
+
+
+def test_layouts_divide_what_their_engine_divides(sft):
+    recipe = sft()
+    layouts = [sharding.read(name, 4) for name in ("multi_gpu", "zero2", "zero3")]
+    ddp, zero2, zero3 = (found.found for found in forecast.plans(recipe, layouts, [None], accelerator=False))
+    assert zero2.items["weights"] == ddp.items["weights"]
+    assert zero3.items["weights"] == pytest.approx(ddp.items["weights"] / 4, rel=0.01)
+    assert zero2.items["optimizer states"] == pytest.approx(ddp.items["optimizer states"] / 4, rel=0.01)
+
+
+def test_all_recipes_of_a_folder_are_held_against_common_devices(sft, tmp_path, capsys):
+    sft()
+    (tmp_path / "broken.yaml").write_text("task: nothing\n")
+    plan.main(["--all", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["recipe", "one", "device", "takes", "24", "GiB", "48", "GiB", "80", "GiB", "141", "GiB"]
+    assert "has no value 'nothing'" in lines[1]
+    assert lines[2].split()[0] == "sft"
+    assert lines[2].split()[-4:] == ["1"] * 4

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own custom
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention  # noqa: SLF001  # what F's function calls
 _EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention  # noqa: SLF001
@@ -74,6 +75,36 @@ def _attention(  # noqa: PLR0917  # F.scaled_dot_product_attention's
         bias = bias.expand(*query.shape[:-1], key.shape[-2])
     found = _EFFICIENT(query, key, value, bias, True, dropout_p, is_causal, scale=scale)
     return found[0]  # type: ignore[no-any-return]
+
+
+class _Unreal:
+    """torch, for a module that makes tensors of its own: they have no storage either."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name not in ("arange", "empty", "full", "zeros"):
+            return found
+
+        def made(*args: Any, **kwargs: Any) -> Any:
+            with self.mode:
+                return found(*args, **kwargs)
+
+        return made
+
+
+@contextlib.contextmanager
+def without_storage(mode: FakeTensorMode) -> Iterator[None]:
+    """Let TRL's loss make its buffers, which are as large as the head, on the tensors of a plan."""
+    from trl.kernels import chunked_logprob
+
+    vars(chunked_logprob)["torch"] = _Unreal(mode)
+    try:
+        yield
+    finally:
+        vars(chunked_logprob)["torch"] = torch
 
 
 @contextlib.contextmanager

@@ -208,7 +208,7 @@ def _run(
     autocast = torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext()
     acting = devices.as_accelerator() if accelerator else contextlib.nullcontext()
     try:
-        with memory, acting:
+        with memory, acting, devices.without_storage(blueprint.mode):
             with autocast:
                 found = loss(model, given)
             memory.moment = "loss"
