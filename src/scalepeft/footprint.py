@@ -106,7 +106,7 @@ class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.total + extra > self._most[self.moment]:
             self._most[self.moment] = self.total + extra
             held = Counter(self.now)
-            held[BACKWARD if self.kind == BACKWARD else self.kind] += extra
+            held[self.kind] += extra
             self.moments[self.moment] = held
 
     def name(self, tensor: torch.Tensor, kind: str) -> None:

@@ -137,6 +137,10 @@ def predict(drawn: Sketch, layout: Layout) -> Prediction:
     notes = list(drawn.notes)
     if not optimizer.known:
         notes.append(f"training.optim {optim(recipe)}: its states are taken for as large as AdamW's in 32 bits")
+    if optimizer.paged and drawn.accelerator:
+        notes.append(
+            "the optimizer's states are paged: when memory runs short, the driver moves them to the host, and it is slower"
+        )
     return Prediction(
         moment=worst.split()[0] if worst != "optimizer step" else worst,
         items={name: size for name, size in moments[worst].items() if size},
