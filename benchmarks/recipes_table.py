@@ -3,6 +3,7 @@
     python benchmarks/recipes_table.py                 write it anew
     python benchmarks/recipes_table.py --check         exit 1 when it is stale
     python benchmarks/recipes_table.py --record RUN    first record the figures of a complete run of a recipe as it now stands
+    python benchmarks/recipes_table.py --plan          first plan every recipe anew, which takes minutes
 
 What a recipe is, its parameters and its documented figures are read from the comment at its head; a figure counts as measured
 when a file in benchmarks/results holds it.
@@ -24,6 +25,7 @@ from scalepeft.recipe import Recipe
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES, RESULTS = ROOT / "recipes", ROOT / "benchmarks" / "results"
 PAGE = RECIPES / "README.md"
+CONFIGS, PLANS = ROOT / "benchmarks" / "configs", RESULTS / "plans.json"
 EXPERIMENTS, LANGUAGE = RESULTS / "experiments.json", RESULTS / "language.json"
 FIGURES = {
     "accuracy": "accuracy",
@@ -47,7 +49,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is stale")
     parser.add_argument("--record", metavar="RUN", type=Path, help="record this run directory first")
+    parser.add_argument("--plan", action="store_true", help="plan every recipe first")
     options = parser.parse_args()
+    if options.plan:
+        runs.write(PLANS, json.dumps(plans(), indent=1) + "\n")
     if options.record:
         record(runs.Run(options.record))
     text = page()
@@ -103,6 +108,14 @@ def figures(found: dict[str, Any]) -> dict[str, float]:
     return {name: found[name] for name in FIGURES if name in found}
 
 
+def plans() -> dict[str, Any]:
+    """What each recipe takes, by its name."""
+    from scalepeft import fitting
+
+    found = {name: list(fitting.cells(path, CONFIGS)) for name, path in recipes.shipped_recipes().items()}
+    return {"heads": list(fitting.HEADS), "plans": found}
+
+
 # --- the page ----------------------------------------------------------------------------------------------------------
 
 
@@ -119,10 +132,22 @@ Documented figures are those of the document or paper that a recipe reproduces, 
 recipe says what was not documented and is chosen here. Measured figures are those of `run.json` after one run, on rows that
 were not trained on, before the first step and after the last. Times are for orientation: other programs may have used the
 cores, too.
-{experiments}{language}
+{plans}{experiments}{language}
 ## Versions
 
 {versions}
+"""
+
+PLANS_PROSE = """
+## What they need
+
+As `scalepeft plan --all recipes --configs benchmarks/configs` predicts it, with rows as long as the recipe allows where data
+are not at hand: the memory of one GPU, and for GPUs of some sizes the least number of 1, 2, 8 and 16 that fits, DDP
+(multi_gpu) where that is enough and ZeRO-3 where it is not. [docs/plan.md](../docs/plan.md) says what such a figure is worth.
+
+{table}
+
+The recipes of glue/ that are not listed continue from the adapter of mnli_roberta_base_lora, and need what glue/sst2 does.
 """
 
 EXPERIMENTS_PROSE = """
@@ -156,10 +181,17 @@ def page() -> str:
     heads = ("recipe", "base model", "data", "parameters trained", "documented or reference", "measured")
     return PROSE.format(
         recipes=rows(heads, table),
+        plans=plans_section(json.loads(PLANS.read_text(encoding="utf-8"))) if PLANS.is_file() else "",
         experiments=section(experiments) if experiments else "",
         language=language_section(language) if language else "",
         versions="\n".join(versions({**results, **experiments, **language.get("runs", {})})),
     )
+
+
+def plans_section(found: dict[str, Any]) -> str:
+    """What each recipe needs."""
+    table = [(name, *of) for name, of in found["plans"].items() if len(of) == len(found["heads"]) - 1]
+    return PLANS_PROSE.format(table=rows(tuple(found["heads"]), table))
 
 
 def relative(path: Path) -> str:

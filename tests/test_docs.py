@@ -21,7 +21,7 @@ from scalepeft import recipe as recipes
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "recipes/README.md", "slurm/README.md"),
-    *("docs/language-models.md", "docs/adapters.md", "docs/layouts.md", "docs/cluster.md"),
+    *("docs/language-models.md", "docs/adapters.md", "docs/layouts.md", "docs/cluster.md", "docs/plan.md"),
 ]
 TINY = "data.train.sample_rows=64 data.evaluation.test.sample_rows=32 training.max_steps=2"
 TINY_SFT = "data.train.sample_rows=8 data.evaluation.test.first_rows=4 training.max_steps=1"
@@ -47,6 +47,9 @@ LIGHT = {
     "scalepeft schema --run > run_schema.json": "",
     "scalepeft fetch quickstart": "",
     "scalepeft preview quickstart --set test": "",
+    "scalepeft plan quickstart --gpu h100-80gb": "",
+    "scalepeft plan quickstart --launch zero3 --num-processes 8 --memory 24GiB --json": "",
+    "scalepeft doctor": "",
 }
 """Commands of the documents that take a moment: what is appended to them; the make targets are run by .ci/run."""
 LONG = {

@@ -268,7 +268,7 @@ def _whole(recipe: Recipe, base: PreTrainedModel, unknown: Sequence[str]) -> dic
     beside = [
         name
         for name, child in base.named_children()
-        if name != base.base_model_prefix and any(p.numel() for p in child.parameters())
+        if name != base.base_model_prefix and any(p.numel() or getattr(p, "ds_numel", 0) for p in child.parameters())
     ]
     within = [name.rpartition(".")[0] for name in unknown if name.startswith(f"{base.base_model_prefix}.")]
     heads = list(dict.fromkeys([*beside, *within]))

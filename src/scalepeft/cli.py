@@ -14,6 +14,8 @@ COMMANDS = {
     "schema": ("scalepeft.schema:main", "print the JSON Schema of recipes or run directories"),
     "fetch": ("scalepeft.fetch:main", "bring the small models and data of the quickstart"),
     "preview": ("scalepeft.preview:main", "show rows as the model will see them"),
+    "plan": ("scalepeft.plan:main", "predict memory, work and cost of a recipe before it is run"),
+    "doctor": ("scalepeft.doctor:main", "look at what this machine has for training"),
     "evaluate": ("scalepeft.predict:evaluate_main", "measure a trained run on labelled rows"),
     "predict": ("scalepeft.predict:main", "label rows, or complete prompts, with a trained run"),
     "chat": ("scalepeft.predict:chat_main", "talk with a trained language model"),

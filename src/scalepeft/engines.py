@@ -50,7 +50,9 @@ def make_ready() -> None:
         try:
             import deepspeed  # noqa: F401
         except ImportError as error:
-            raise UserError(f"DeepSpeed cannot be imported: {one_line(error)}; pip install deepspeed") from error
+            raise UserError(
+                f"DeepSpeed cannot be imported: {one_line(error)}; pip install deepspeed (`scalepeft doctor` says more)"
+            ) from error
         parts.deepspeed_without_pickles()
         for builder in _builders():
             _compile(builder)

@@ -101,7 +101,9 @@ def line(
     devices = 0 if on_cpus else _gpus()
     if not on_cpus and not devices:
         told = "needs GPUs, and none is seen here"
-        raise UserError(f"command line: --launch {chosen.path.stem}: {told}; {_without_gpus(chosen)}")
+        raise UserError(
+            f"command line: --launch {chosen.path.stem}: {told}; {_without_gpus(chosen)}; `scalepeft doctor` says why"
+        )
     if chosen.engine == "FSDP" and on_cpus:
         raise UserError(f"command line: --cpu: accelerate runs DDP in place of FSDP on CPUs; {_without_gpus(chosen)}")
     single = chosen.engine == "NO"

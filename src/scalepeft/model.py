@@ -42,7 +42,7 @@ if on_cpu() or not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of what it otherwise finds out by itself
 
 
-_AUTO = {
+AUTO = {
     "sequence-classification": AutoModelForSequenceClassification,
     "causal-lm": AutoModelForCausalLM,
     "preference": AutoModelForCausalLM,
@@ -110,12 +110,17 @@ def _chat_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def longest_input(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
     """The longest input in tokens that tokenizer and model take, beside the virtual tokens of an adapter that has some."""
-    config = _config(recipe, labels=None)
-    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions start after the padding index
-        positions -= config.pad_token_id + 1
+    positions = window(configuration(recipe, labels=None)) or tokenizer.model_max_length
     virtual = (recipe.adapter or {}).get("num_virtual_tokens") or 0  # of prompt and prefix tuning: they take positions
     return int(min(positions - virtual, tokenizer.model_max_length))
+
+
+def window(config: Any) -> int:
+    """The longest input in tokens that a model has positions for; 0 when its configuration does not say."""
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    if positions and config.model_type in ("roberta", "xlm-roberta", "camembert"):  # theirs start after the padding index
+        positions -= config.pad_token_id + 1
+    return int(positions)
 
 
 def build(
@@ -165,7 +170,7 @@ def load(run: Run) -> Trained:
     base = None if recipe.adapter is None else load_base(recipe, run.record["labels"], vocabulary)[0]
     try:
         if base is None:
-            model = _AUTO[recipe.task].from_pretrained(
+            model = AUTO[recipe.task].from_pretrained(
                 weights, dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code
             )
         else:
@@ -214,14 +219,14 @@ def parameters(model: Trained) -> dict[str, int]:
 
 def load_base(recipe: Recipe, labels: Sequence[str], vocabulary: int = 0) -> tuple[PreTrainedModel, list[str]]:
     """The base without an adapter, and the names of those of its parameters that the checkpoint does not have."""
-    config = _config(recipe, labels)
+    config = configuration(recipe, labels)
     options: dict[str, Any] = {"dtype": recipe.model.dtype, "use_safetensors": recipe.model.use_safetensors or None}
     if recipe.model.attn_implementation:
         options["attn_implementation"] = recipe.model.attn_implementation
     if recipe.quantization is not None:
         options["quantization_config"] = quantization(recipe, config)
     with upstream_errors(recipe, "model.name_or_path"):
-        model, loading = _AUTO[recipe.task].from_pretrained(
+        model, loading = AUTO[recipe.task].from_pretrained(
             *_base(recipe), config=config, output_loading_info=True, **options, **_source(recipe)
         )
     if grows(recipe) and vocabulary > model.get_input_embeddings().num_embeddings:
@@ -247,7 +252,8 @@ def grows(recipe: Recipe) -> bool:
     return bool(recipe.model.added_tokens) or "name_or_path" in (recipe.adapter or {})
 
 
-def _config(recipe: Recipe, labels: Sequence[str] | None) -> Any:
+def configuration(recipe: Recipe, labels: Sequence[str] | None) -> Any:
+    """The model's configuration with the recipe's keys and, of a classifier, its labels. Raises UserError as `build` does."""
     with upstream_errors(recipe, "model.name_or_path"):
         config = AutoConfig.from_pretrained(*_base(recipe), **_source(recipe))
     for key, value in recipe.model.config.items():
@@ -274,7 +280,7 @@ def quantization(recipe: Recipe, config: Any) -> BitsAndBytesConfig:
         raise recipe.error(
             "quantization", f"{recipe.model.name_or_path} is quantised already ({method}); leave the section out"
         )
-    auto = _AUTO[recipe.task]
+    auto = AUTO[recipe.task]
     with torch.device("meta"):
         if type(config) in auto._model_mapping:  # noqa: SLF001  # from_config would shard it under ZeRO-3, and fail
             skeleton = _get_model_class(config, auto._model_mapping)(config)  # noqa: SLF001
@@ -285,11 +291,16 @@ def quantization(recipe: Recipe, config: Any) -> BitsAndBytesConfig:
         return BitsAndBytesConfig(**{"llm_int8_skip_modules": heads, **options})
 
 
-def _base(recipe: Recipe) -> tuple[str]:
+def source(recipe: Recipe) -> str:
+    """Where from_pretrained finds the base: a folder, or a Hub id."""
     name = recipe.model.name_or_path
     if name.startswith("fetched:"):
         name = str(asset_path(name))
-    return (str(Path(name).expanduser()) if name.startswith("~") else name,)
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def _base(recipe: Recipe) -> tuple[str]:
+    return (source(recipe),)
 
 
 def _source(recipe: Recipe) -> dict[str, Any]:

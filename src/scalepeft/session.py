@@ -192,7 +192,7 @@ def _mendable(run: Run, error: Exception) -> UserError | None:
         told = (
             "lower training.per_device_train_batch_size (global_batch_size keeps the product), or set activation_checkpointing"
         )
-        return UserError(f"{run.path}: out of device memory; {kept}. To fit: {told}")
+        return UserError(f"{run.path}: out of device memory; {kept}. To fit: {told}; `scalepeft plan` tells what each takes")
     if isinstance(error, ImportError | NotImplementedError):  # FlexAttention on a CPU, for one
         return UserError(f"{run.path}: {one_line(error)}")
     return None

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scalepeft import launch, push, ranks, stops, upstream
+from scalepeft import forecast, launch, push, ranks, stops, upstream
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.console import note, quiet_upstream, say, speaks
@@ -126,6 +126,7 @@ def _train(recipe: Recipe, run: Run, stop: stops.Stop, *, fresh: bool) -> Run:
             "_written": {name: prepared.written for name, prepared in corpus.sets.items()},
         }
     )
+    planned = forecast.of_training(recipe, corpus)  # before DeepSpeed's arguments, which would divide the plan's model, too
     # several processes form their group here, after all preparation
     arguments = _arguments(recipe, run, resumed=state == "unfinished")
     engines.refuse(recipe, arguments)
@@ -149,6 +150,9 @@ def _train(recipe: Recipe, run: Run, stop: stops.Stop, *, fresh: bool) -> Run:
         _record_start(recipe, run, corpus, trainer, parameters=parameters, seen=seen)
         if speaks():
             say(panel.start(recipe, run, corpus, trainer, new))
+        if planned is not None:
+            say(f"  plan     {forecast.verdict(planned)}")
+            run.update(prediction={"peak_bytes": planned.found.peak, "needed_bytes": planned.needed[1]})
         started = time.monotonic()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

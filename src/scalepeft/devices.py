@@ -1,0 +1,147 @@
+"""What devices do that the tensors of a plan do not show: temporaries inside an operation, an accelerator's own kernels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own custom
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention  # noqa: SLF001  # what F's function calls
+_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention  # noqa: SLF001
+
+
+def hidden(func: Any, args: Any, kwargs: Any) -> int:
+    """The bytes that an operation takes and gives back within itself."""
+    own = _WITHIN.get(func)
+    return own(*args, **kwargs) if own is not None else 0
+
+
+def _dequantised(given: Any, _: Any, shape: Any, *__: Any, absmax_8bit: Any = None, **___: Any) -> int:
+    """bitsandbytes multiplies by a whole weight matrix in the dtype of the input, which it makes of the 4 bits."""
+    return int(shape[0] * shape[1] * given.element_size()) + (4 * absmax_8bit.numel() if absmax_8bit is not None else 0)
+
+
+_WITHIN: dict[Any, Callable[..., int]] = {}
+
+
+_HALF = (torch.bfloat16, torch.float16)
+_IN_FP32 = ("layer_norm", "softmax", "log_softmax", "cross_entropy")
+"""Of the functions that CUDA's autocast runs in float32, and a CPU's does not, those that models here use."""
+
+
+def _in_fp32(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def found(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            args = tuple(map(_raised, args))
+            kwargs = {name: _raised(value) for name, value in kwargs.items()}
+        return function(*args, **kwargs)
+
+    return found
+
+
+def _raised(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _HALF else value
+
+
+def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: ARG001  # in place saves no mask
+    if not training or p == 0:
+        return x
+    return torch.native_dropout(x, p, True)[0]
+
+
+def _attention(  # noqa: PLR0917  # F.scaled_dot_product_attention's
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    if attn_mask is None and query.dtype in _HALF:
+        return _FLASH(query, key, value, dropout_p, is_causal, False, scale=scale)[0]  # type: ignore[no-any-return]
+    if enable_gqa:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
+    bias = attn_mask
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, float("-inf"))
+    if bias is not None:
+        bias = bias.expand(*query.shape[:-1], key.shape[-2])
+    found = _EFFICIENT(query, key, value, bias, True, dropout_p, is_causal, scale=scale)
+    return found[0]  # type: ignore[no-any-return]
+
+
+class _Unreal:
+    """torch, for a module that makes tensors of its own: they have no storage either."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name not in ("arange", "empty", "full", "zeros"):
+            return found
+
+        def made(*args: Any, **kwargs: Any) -> Any:
+            with self.mode:
+                return found(*args, **kwargs)
+
+        return made
+
+
+@contextlib.contextmanager
+def without_storage(mode: FakeTensorMode) -> Iterator[None]:
+    """Let TRL's loss make its buffers, which are as large as the head, on the tensors of a plan."""
+    from trl.kernels import chunked_logprob
+
+    vars(chunked_logprob)["torch"] = _Unreal(mode)
+    try:
+        yield
+    finally:
+        vars(chunked_logprob)["torch"] = torch
+
+
+@contextlib.contextmanager
+def as_accelerator() -> Iterator[None]:
+    """Run what an accelerator would, where that holds other bytes than a CPU."""
+    from trl.kernels import chunked_logprob
+
+    def nothing(*_: Any, **__: Any) -> None:
+        """TRL's Triton kernels work within their tile."""
+
+    acting: list[tuple[Any, str, Any]] = [(F, name, _in_fp32(getattr(F, name))) for name in _IN_FP32]
+    acting += [(F, "dropout", _dropout), (F, "scaled_dot_product_attention", _attention)]
+    acting += [(chunked_logprob, name, nothing) for name in ("_forward_tile", "_backward_tile")]
+    before = [(module, name, getattr(module, name)) for module, name, _ in acting]
+    for module, name, function in acting:
+        setattr(module, name, function)
+    try:
+        yield
+    finally:
+        for module, name, function in before:
+            setattr(module, name, function)
+
+
+def _register() -> None:
+    import bitsandbytes  # noqa: F401  # defines the operations
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    multiply = torch.ops.bitsandbytes.gemm_4bit
+    _WITHIN[multiply.default] = _dequantised
+    if multiply not in flop_registry:
+
+        @register_flop_formula(multiply)
+        def _flops(a: Any, b: Any, shape: Any, *_: Any, **__: Any) -> int:  # noqa: ARG001
+            rows = 1
+            for size in a[:-1]:
+                rows *= size
+            return int(2 * rows * shape[0] * shape[1])
+
+
+_register()

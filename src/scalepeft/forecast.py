@@ -1,0 +1,172 @@
+"""The plan of a recipe: what it takes on a layout and a device."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from scalepeft import hardware, sharding
+from scalepeft.console import note, quiet_upstream, speaks
+from scalepeft.errors import UserError, one_line
+from scalepeft.fetch import offline_if_unreachable
+from scalepeft.hardware import GIB, Device
+from scalepeft.recipe import Recipe
+from scalepeft.sharding import Layout
+
+if TYPE_CHECKING:
+    from scalepeft.data import Corpus
+    from scalepeft.prediction import Prediction
+    from scalepeft.workload import Rows
+
+CONTEXT = (0.4 * GIB, 0.6 * GIB, 1.0 * GIB)
+"""What a process takes of a GPU outside torch's allocator (context, kernels, libraries, NCCL's buffers): least, usual, most.
+
+An estimate: it differs with driver and GPU."""
+FRAGMENTS = (0.01, 0.04, 0.08)
+"""The share of the allocator's peak that it holds and cannot use, likewise an estimate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a recipe takes on a layout and a device."""
+
+    recipe: Recipe
+    layout: Layout
+    device: Device | None
+    rows: Rows
+    found: Prediction
+    accelerator: bool
+
+    @property
+    def needed(self) -> tuple[int, int, int]:
+        """Bytes of a device: at least, likely, at most."""
+        peak, unsure = self.found.peak, self.found.uncertain
+        peaks = (peak - unsure // 2, peak, peak + unsure)
+        if not self.accelerator:
+            return peaks
+        low, mid, high = (int(p * (1 + share) + context) for p, share, context in zip(peaks, FRAGMENTS, CONTEXT, strict=True))
+        return low, mid, high
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits into the device; None when no device was named."""
+        return None if self.device is None else self.needed[1] <= self.device.memory
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of an optimizer step."""
+        from scalepeft import prediction
+
+        return prediction.accumulation(self.recipe, self.layout)
+
+    @property
+    def global_batch(self) -> int:
+        """Rows of an optimizer step."""
+        return len(self.rows.longest) * self.accumulation * self.layout.processes
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the run; None when the rows are not counted."""
+        from scalepeft import kinds
+
+        if (most := int(kinds.option(self.recipe, "max_steps"))) > 0:
+            return most
+        if self.rows.rows is None:
+            return None
+        return math.ceil(float(kinds.option(self.recipe, "num_train_epochs")) * math.ceil(self.rows.rows / self.global_batch))
+
+    @property
+    def flops(self) -> int | None:
+        """Operations of the whole run over all devices: rows of mean length where they are known, else of the longest."""
+        if self.steps is None:
+            return None
+        longest = len(self.rows.longest) * max(map(sum, self.rows.longest))
+        share = 1.0
+        if self.rows.tokens is not None and self.rows.rows:
+            share = self.rows.tokens / self.rows.rows * len(self.rows.longest) / (1 - self.rows.padding) / longest
+            share /= 2 if self.recipe.task == "preference" else 1
+        return int(self.found.flops * self.accumulation * self.layout.processes * self.steps * min(1.0, share))
+
+    def hours(self, utilisation: float) -> float | None:
+        """Hours of the run at a share of the device's published speed."""
+        if self.device is None or self.device.flops is None or self.flops is None:
+            return None
+        return self.flops / (self.layout.processes * self.device.flops * utilisation) / 3600
+
+
+def plan(
+    recipe: Recipe, layout: Layout, device: Device | None = None, *, rows: int | None = None, accelerator: bool = True
+) -> Plan:
+    """What a recipe takes. `rows`: those of an epoch, where they are not at hand. Raises UserError as training would."""
+    return next(plans(recipe, [layout], [device], rows=rows, accelerator=accelerator))
+
+
+def plans(
+    recipe: Recipe,
+    layouts: Sequence[Layout],
+    devices: Sequence[Device | None],
+    *,
+    rows: int | None = None,
+    accelerator: bool = True,
+) -> Iterator[Plan]:
+    """The same for several layouts and devices, whose model is built once."""
+    quiet_upstream()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    offline_if_unreachable(recipe)
+
+    from scalepeft import prediction, workload
+
+    known = workload.rows(recipe)
+    if rows is not None and known.rows is None:
+        known = replace(known, rows=rows)
+    drawn = prediction.sketch(recipe, known.longest, known.labels, layouts, accelerator=accelerator)
+    for layout in layouts:
+        found = prediction.predict(drawn, layout)
+        for device in devices:
+            yield Plan(recipe=recipe, layout=layout, device=device, rows=known, found=found, accelerator=accelerator)
+
+
+def of_training(recipe: Recipe, corpus: Corpus) -> Plan | None:
+    """The plan of a run that is about to begin on an accelerator, on its own rows; None where there is none, or no plan.
+
+    It takes a second or a few, too long for what a CPU trains, and it leaves the random numbers as they are. What goes wrong
+    with it is told, and stops nothing.
+    """
+    import torch
+
+    from scalepeft import model, prediction, workload
+
+    if model.device().type == "cpu" or not speaks():
+        return None
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    device = Device(name="this device", memory=memory, flops=None) if memory else None
+    layout = sharding.launched()
+    try:
+        with torch.random.fork_rng():
+            rows = workload.of(recipe, corpus)
+            drawn = prediction.sketch(recipe, rows.longest, rows.labels, [layout], accelerator=True)
+    except (UserError, *_FAILS) as error:
+        note(f"no plan of this run: {one_line(error)[:200]}")
+        return None
+    found = prediction.predict(drawn, layout)
+    return Plan(recipe=recipe, layout=layout, device=device, rows=rows, found=found, accelerator=True)
+
+
+_FAILS = (RuntimeError, NotImplementedError, AssertionError, TypeError, AttributeError, ValueError, KeyError, OSError)
+"""What a model may raise that is built and run without numbers."""
+
+
+def verdict(found: Plan) -> str:
+    """Whether it fits, and by how much, in a line."""
+    low, likely, high = found.needed
+    about = hardware.shown(likely) + (f" ({hardware.shown(low)} to {hardware.shown(high)})" if low != high else "")
+    if found.device is None:
+        return f"takes about {about} {'of each device' if found.layout.processes > 1 else 'of the device'}"
+    spare = found.device.memory - likely
+    of = f"{about} of {hardware.shown(found.device.memory)}"
+    if not found.fits:
+        return f"does not fit: {of}, {hardware.shown(-spare)} too much"
+    return f"fits: {of}, {hardware.shown(spare)} to spare" + (", but not surely" if high > found.device.memory else "")

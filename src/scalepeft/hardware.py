@@ -1,0 +1,88 @@
+"""Devices by name: the memory and the speed that their makers publish."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from scalepeft.errors import UserError, did_you_mean
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A kind of accelerator."""
+
+    name: str
+    memory: int
+    """Bytes."""
+    flops: float | None
+    """The most dense operations a second in bfloat16 (float16 where there is none), as published; None when not known."""
+
+
+# Memory in GiB, and dense bf16 TFLOP/s of the tensor cores with fp32 accumulation, without sparsity: from NVIDIA's and AMD's
+# data sheets and architecture white papers. Of V100 and T4, which have no bf16, those of fp16.
+_PUBLISHED = {
+    "t4-16gb": (16, 65.0),
+    "v100-16gb": (16, 125.0),
+    "v100-32gb": (32, 125.0),
+    "rtx-3090-24gb": (24, 71.0),
+    "rtx-4090-24gb": (24, 165.2),
+    "rtx-5090-32gb": (32, 209.5),
+    "rtx-a6000-48gb": (48, 154.8),
+    "rtx-6000-ada-48gb": (48, 364.2),
+    "a10-24gb": (24, 125.0),
+    "a10g-24gb": (24, 70.0),
+    "l4-24gb": (24, 121.0),
+    "l40s-48gb": (48, 362.0),
+    "a100-40gb": (40, 312.0),
+    "a100-80gb": (80, 312.0),
+    "h100-80gb": (80, 989.0),
+    "h100-pcie-80gb": (80, 756.0),
+    "h100-nvl-94gb": (94, 835.0),
+    "h200-141gb": (141, 989.0),
+    "b200-180gb": (180, 2250.0),
+    "mi300x-192gb": (192, 1307.4),
+    "mi325x-256gb": (256, 1307.4),
+}
+DEVICES = {
+    name: Device(name=name, memory=memory * GIB, flops=teraflops * 1e12) for name, (memory, teraflops) in _PUBLISHED.items()
+}
+
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": GIB, "tib": 2**40}
+
+
+def device(name: str) -> Device:
+    """A device by its name. Raises UserError, with suggestions, when the name is not in the table."""
+    wanted = name.lower().replace("_", "-").replace(" ", "-")
+    if wanted in DEVICES:
+        return DEVICES[wanted]
+    beginning = [known for known in DEVICES if known.startswith(wanted)]
+    if len(beginning) == 1:
+        return DEVICES[beginning[0]]
+    near = f"; did you mean {' or '.join(map(repr, beginning))}?" if beginning else did_you_mean(wanted, DEVICES)
+    known = near or f"; there are {', '.join(DEVICES)}"
+    raise UserError(f"command line: --gpu {name!r}: no such device{known} --memory takes any size")
+
+
+def of_memory(text: str) -> Device:
+    """A device of which only the memory is known. Raises UserError for what is no size."""
+    return Device(name=text, memory=size(text), flops=None)
+
+
+def size(text: str) -> int:
+    """The bytes of `80GiB`, `24 GB` and the like. Raises UserError for what is no size above 0."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)\s*", text, re.IGNORECASE)
+    number = int(float(found[1]) * _UNITS[found[2].lower()]) if found else 0
+    if number <= 0:
+        raise UserError(f"command line: --memory {text!r}: is no size; it takes one like 80GiB or 24GB")
+    return number
+
+
+def shown(size: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, name in ((2**40, "TiB"), (GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(size) >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size:.0f} B"

@@ -1,0 +1,186 @@
+"""What a recipe will take before it is run: `scalepeft plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scalepeft import fitting, hardware, sharding
+from scalepeft import recipe as recipes
+from scalepeft.console import say, table
+from scalepeft.errors import UserError
+from scalepeft.forecast import CONTEXT, FRAGMENTS, Plan, plan, verdict
+from scalepeft.hardware import GIB
+
+UTILISATION = 0.4
+"""The share of a device's published speed that is taken when --mfu says nothing."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`scalepeft plan RECIPE [section.key=value ...] [--launch LAYOUT] [--gpu NAME | --memory SIZE] [--json]`."""
+    parser = argparse.ArgumentParser(
+        prog="scalepeft plan",
+        description="Predict memory, work and cost of a recipe from its configuration; loads no weights and needs no GPU.",
+    )
+    parser.add_argument("recipe", nargs="?", help="a recipe file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values to change, in YAML")
+    parser.add_argument("--all", metavar="FOLDER", help="the recipes of a folder against common devices, as a table")
+    about = "configurations for --all where the Hub is not: FOLDER/OWNER--NAME/config.json stands for OWNER/NAME"
+    parser.add_argument("--configs", metavar="FOLDER", type=Path, help=about)
+    parser.add_argument("--launch", metavar="LAYOUT", help="a file of accelerate_configs/ by its name (zero3, ...), or a path")
+    parser.add_argument("--num-processes", "--num_processes", type=int, metavar="N", help="devices, one process each")
+    parser.add_argument("--gpu", metavar="NAME", help="a device by name, e.g. h100-80gb")
+    parser.add_argument("--memory", metavar="SIZE", help="or its memory alone, e.g. 80GiB")
+    parser.add_argument("--cpu", action="store_true", help="on CPUs")
+    parser.add_argument("--rows", type=int, metavar="N", help="training rows, where they are not at hand to be counted")
+    parser.add_argument(
+        "--mfu", type=float, default=UTILISATION, metavar="SHARE", help=f"of the published speed ({UTILISATION})"
+    )
+    parser.add_argument("--price", type=float, metavar="AMOUNT", help="of a device-hour")
+    parser.add_argument("--json", action="store_true", help="print figures for machines")
+    options = parser.parse_intermixed_args(arguments)
+    _check(options)
+    device = hardware.device(options.gpu) if options.gpu else hardware.of_memory(options.memory) if options.memory else None
+    if options.all:
+        say(fitting.overview(options.all, options.configs))
+        return 0
+    recipe = recipes.load(options.recipe, options.overrides)
+    layout = sharding.read(options.launch, options.num_processes)
+    found = plan(recipe, layout, device, rows=options.rows, accelerator=not options.cpu)
+    if options.json:
+        say(json.dumps(_figures(found, options), indent=2))
+        return 0
+    say("\n\n".join(_blocks(found, options)))
+    if found.fits is False:
+        say("\n" + fitting.told(found, options.recipe, options.overrides))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if (options.recipe is None) == (options.all is None):
+        raise UserError("command line: give a recipe, or --all and a folder")
+    if options.gpu and options.memory:
+        raise UserError("command line: give --gpu or --memory, not both")
+    if not 0 < options.mfu <= 1:
+        raise UserError(f"command line: --mfu is {options.mfu}; it is a share above 0 and at most 1")
+    for name in ("rows", "price"):
+        if (value := getattr(options, name)) is not None and value <= 0:
+            raise UserError(f"command line: --{name} is {value}; it is above 0")
+
+
+# --- what is told ------------------------------------------------------------------------------------------------------
+
+
+def _blocks(found: Plan, options: argparse.Namespace) -> Iterator[str]:
+    counts, prediction = found.found.parameters, found.found
+    on = f"{found.layout.processes} x {found.device.name if found.device else 'a device'}"
+    longest = max(map(sum, found.rows.longest))
+    yield table(
+        [
+            (f"{found.recipe.name} on {on} ({found.layout.name})",),
+            ("  model", found.recipe.model.name_or_path),
+            ("  trains", f"{counts['trainable']:,} of {counts['total']:,} parameters"),
+            ("  batch", f"{len(found.rows.longest)} rows of {longest:,} tokens ({found.rows.told})"),
+        ],
+        right=False,
+    )
+    rows: list[tuple[str, ...]] = [(f"each device, in the {prediction.moment}",)]
+    rows += [(f"  {name}", hardware.shown(size)) for name, size in _sorted(prediction.items) if size >= 2**10]
+    rows.append(("  allocated", hardware.shown(prediction.peak)))
+    if found.accelerator:
+        rows.append(("  fragmentation (estimate)", hardware.shown(prediction.peak * FRAGMENTS[1])))
+        rows.append(("  context and libraries (estimate)", hardware.shown(CONTEXT[1])))
+    yield f"{table(rows)}\n{verdict(found)}"
+    yield table([("beside it",), *((f"  {name}", hardware.shown(size)) for name, size in _beside(found).items())])
+    yield table(_work(found, options), right=False)
+    if prediction.notes:
+        yield "\n".join(f"note: {note}" for note in prediction.notes)
+
+
+def _sorted(items: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(items.items(), key=lambda pair: -pair[1])
+
+
+IMPORTS = 1.2 * GIB
+"""What Python with torch, transformers, peft and their kin takes of the host in each process."""
+
+
+def _beside(found: Plan) -> dict[str, int]:
+    """Bytes of the host and of the disk."""
+    from scalepeft import kinds
+
+    prediction, processes = found.found, found.layout.processes
+    checkpoints = kinds.option(found.recipe, "save_total_limit")
+    kept = int(checkpoints) if checkpoints else 1
+    states = prediction.items.get("optimizer states", 0) + prediction.host.get("optimizer states", 0)
+    states *= processes if found.layout.engine in ("DEEPSPEED", "FSDP") else 1
+    training = sum(prediction.host.values())
+    beside = {"host, each process, in training": int(training + IMPORTS)}
+    beside["host, each process, while loading (estimate)"] = int(max(training, prediction.largest * 2) + IMPORTS)
+    if found.recipe.adapter is not None:
+        beside["host, merging: the largest tensors (estimate)"] = int(4 * prediction.largest + IMPORTS)
+        beside["disk, merged model"] = prediction.unquantised
+    beside[f"disk, {kept} checkpoint{'s' if kept > 1 else ''}"] = kept * (prediction.saved + states)
+    return beside
+
+
+def _work(found: Plan, options: argparse.Namespace) -> list[tuple[str, ...]]:
+    prediction, steps = found.found, found.steps
+    rows: list[tuple[str, ...]] = [("work",)]
+    batch = (
+        f"{found.global_batch} rows ({len(found.rows.longest)} x {found.accumulation} accumulated x {found.layout.processes})"
+    )
+    rows.append(("  a step", f"{batch}, {_count(prediction.flops * found.accumulation * found.layout.processes)}FLOP"))
+    if steps is None:
+        return [*rows, ("  the run", "unknown: the rows are not at hand to be counted; --rows N says how many there are")]
+    tokens = found.rows.tokens
+    told = f"{steps:,} steps" + (f", {found.rows.rows:,} rows an epoch" if found.rows.rows else "")
+    told += f", {tokens:,} tokens an epoch" if tokens else ""
+    assert found.flops is not None  # noqa: S101  # the steps are known
+    rows.append(("  the run", f"{told}, {'' if tokens else 'at most '}{_count(found.flops)}FLOP"))
+    if (hours := found.hours(options.mfu)) is not None:
+        cost = (
+            f", {hours * found.layout.processes * options.price:,.2f} at {options.price:g} a device-hour"
+            if options.price
+            else ""
+        )
+        rows.append(("  time", f"{_time(hours)} at {options.mfu:.0%} of the published speed{cost}; evaluation not counted"))
+    return rows
+
+
+def _count(number: float) -> str:
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}"
+    return f"{number:.0f} "
+
+
+def _time(hours: float) -> str:
+    return f"{hours * 60:.1f} min" if hours < 1 else f"{hours:.1f} h"
+
+
+def _figures(found: Plan, options: argparse.Namespace) -> dict[str, Any]:
+    low, likely, high = found.needed
+    hours = found.hours(options.mfu)
+    return {
+        "recipe": found.recipe.name,
+        "parameters": dict(found.found.parameters),
+        "layout": {"name": found.layout.name, "engine": found.layout.engine, "processes": found.layout.processes},
+        "batch": {"rows": len(found.rows.longest), "tokens": max(map(sum, found.rows.longest)), "from": found.rows.told},
+        "moment": found.found.moment,
+        "device_bytes": dict(_sorted(found.found.items)),
+        "peak_bytes": found.found.peak,
+        "needed_bytes": {"least": low, "likely": likely, "most": high},
+        "device": None if found.device is None else {"name": found.device.name, "memory_bytes": found.device.memory},
+        "fits": found.fits,
+        "beside_bytes": _beside(found),
+        "steps": found.steps,
+        "global_batch_size": found.global_batch,
+        "flops": found.flops,
+        "hours": hours,
+        "cost": hours * found.layout.processes * options.price if hours is not None and options.price else None,
+        "notes": list(found.found.notes),
+    }

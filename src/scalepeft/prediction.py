@@ -1,0 +1,219 @@
+"""What a recipe will take on a layout: bytes on each device at the worst moment, on the host, and the arithmetic of a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scalepeft import blueprint, footprint, kinds, sharding, workload
+from scalepeft.blueprint import Blueprint, Quantised
+from scalepeft.errors import one_line
+from scalepeft.recipe import Recipe
+from scalepeft.sharding import Held, Layout, Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What one process takes, and what one micro-batch computes."""
+
+    moment: str
+    """The worst moment: forward, loss, backward or optimizer step."""
+    items: Mapping[str, int]
+    """Bytes on the device at that moment, by what they are."""
+    host: Mapping[str, int]
+    """Bytes of the process on the host."""
+    parameters: Mapping[str, int]
+    """trainable and total."""
+    flops: int
+    """Of one micro-batch."""
+    unquantised: int
+    """Bytes of all weights of the base in the dtype they have, or had before they were quantised."""
+    largest: int
+    """Bytes of the largest weight, likewise."""
+    saved: int
+    """Bytes of what is trained, as it is saved."""
+    uncertain: int
+    """Bytes of it that are an estimate: they may be half, or twice as much."""
+    notes: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that the device's allocator gives out."""
+        return sum(self.items.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sketch:
+    """A recipe's model and the step of one micro-batch: all that does not depend on the layout."""
+
+    recipe: Recipe
+    tensors: Sequence[Tensor]
+    steps: Mapping[tuple[bool, bool], footprint.Step]
+    """By whether gradients are there from earlier micro-batches, and whether an engine takes them away at once."""
+    parameters: Mapping[str, int]
+    unquantised: int
+    largest: int
+    accelerator: bool
+    notes: tuple[str, ...]
+
+
+def checkpointing(recipe: Recipe) -> Mapping[str, Any] | None:
+    """The options of activation checkpointing, None when it is off: as the trainers read the recipe."""
+    on = next(
+        (
+            given
+            for name in ("activation_checkpointing", "gradient_checkpointing")
+            if (given := kinds.option(recipe, name)) is not None
+        ),
+        False,
+    )
+    options = kinds.option(recipe, "activation_checkpointing_kwargs") or kinds.option(recipe, "gradient_checkpointing_kwargs")
+    return dict(options or {}) if on else None
+
+
+def sketch(
+    recipe: Recipe, lengths: Sequence[Sequence[int]], labels: list[str], layouts: Sequence[Layout], *, accelerator: bool
+) -> Sketch:
+    """Trace the steps that these layouts need. Raises UserError as `model.build` does."""
+    options = checkpointing(recipe)
+    drawn = blueprint.build(recipe, labels=labels, checkpointing=options is not None)
+    batch, loss, notes = workload.batch(recipe, workload.without_mask(recipe, lengths)), workload.loss(recipe, drawn.base), []
+    tensors = list(_tensors(recipe, drawn))
+    steps = {}
+    for layout in layouts:
+        key = _key(recipe, layout, tensors)
+        if key in steps:
+            continue
+        try:
+            steps[key] = footprint.trace(
+                drawn,
+                batch,
+                loss,
+                precision=recipe.precision,
+                accelerator=accelerator,
+                accumulates=key[0],
+                frees_gradients=key[1],
+                checkpointing=options,
+            )
+        except footprint.UNTRACEABLE as error:
+            steps[key] = footprint.guess(drawn, max(map(sum, lengths)) * len(lengths), recomputed=options is not None)
+            notes.append(f"the step cannot be traced ({one_line(error)[:120]}): activations and operations are estimates")
+    large = workload.mask(recipe, lengths)
+    if workload.without_mask(recipe, lengths) is not lengths and not str(recipe.model.attn_implementation).startswith("flash"):
+        notes.append(f"attention without its mask, which here would be one of {large:,} elements: flash attention needs none")
+    plain = [t.numel() * t.element_size() for t in drawn.model.parameters()]
+    plain += [m.count * m.dtype.itemsize for m in drawn.model.modules() if isinstance(m, Quantised)]
+    return Sketch(
+        recipe=recipe,
+        tensors=tensors,
+        steps=steps,
+        parameters=blueprint.parameters(drawn),
+        unquantised=sum(plain),
+        largest=max(plain),
+        accelerator=accelerator,
+        notes=(*drawn.notes, *dict.fromkeys(notes)),
+    )
+
+
+def predict(drawn: Sketch, layout: Layout) -> Prediction:
+    """What each process of a layout takes."""
+    recipe = drawn.recipe
+    held, optimizer = _held(recipe, layout, drawn.tensors), _optimizer(recipe)
+    step = drawn.steps[_key(recipe, layout, drawn.tensors)]
+    gradients = sum(t.size for t in drawn.tensors if t.trained)
+    if recipe.quantization is not None and not drawn.accelerator and layout.stage < 3:
+        # the tensors that stay as they are lie in the mapped file of the checkpoint, and keep all of it
+        held.device["checkpoint, mapped"] = drawn.unquantised - held.device.pop("weights, not quantised", 0)
+    standing = Counter(held.device)
+    if accumulation(recipe, layout) > 1 and not held.frees_gradients:
+        standing[footprint.GRADIENTS] += gradients
+    moments = {name: standing + _at(name, found, held) for name, found in step.moments.items()}
+    moments["optimizer step"] = Counter(held.device) + Counter(
+        {footprint.GRADIENTS: 0 if held.frees_gradients else gradients, "optimizer step": held.in_step}
+    )
+    worst = max(moments, key=lambda name: moments[name].total())
+    notes = list(drawn.notes)
+    if not optimizer.known:
+        notes.append(f"training.optim {optim(recipe)}: its states are taken for as large as AdamW's in 32 bits")
+    if optimizer.paged and drawn.accelerator:
+        notes.append(
+            "the optimizer's states are paged: when memory runs short, the driver moves them to the host, and it is slower"
+        )
+    return Prediction(
+        moment=worst.split()[0] if worst != "optimizer step" else worst,
+        items={name: size for name, size in moments[worst].items() if size},
+        host=held.host,
+        parameters=drawn.parameters,
+        flops=step.flops,
+        unquantised=drawn.unquantised,
+        largest=drawn.largest,
+        saved=gradients,
+        uncertain=step.peak.total() if step.estimate else 0,
+        notes=tuple(notes),
+    )
+
+
+def _at(moment: str, step: Counter[str], held: Held) -> Counter[str]:
+    found = Counter(step)
+    found["gathered weights"] += held.gathered
+    if not moment.startswith(("before", "forward")):
+        found["communication buckets"] += held.in_backward
+    return found
+
+
+def _optimizer(recipe: Recipe) -> sharding.Optimizer:
+    return sharding.OPTIMIZERS.get(optim(recipe), sharding.UNKNOWN)
+
+
+def optim(recipe: Recipe) -> str:
+    """The optimizer's name; upstream's default is computed: torch's AdamW, fused."""
+    return str(kinds.option(recipe, "optim") or "adamw_torch_fused")
+
+
+def _held(recipe: Recipe, layout: Layout, tensors: Sequence[Tensor]) -> Held:
+    return sharding.held(tensors, layout, _optimizer(recipe), half=recipe.precision != "no")
+
+
+def _key(recipe: Recipe, layout: Layout, tensors: Sequence[Tensor]) -> tuple[bool, bool]:
+    return accumulation(recipe, layout) > 1, _held(recipe, layout, tensors).frees_gradients
+
+
+def accumulation(recipe: Recipe, layout: Layout) -> int:
+    """Micro-batches of an optimizer step."""
+    if recipe.global_batch_size is None:
+        return int(kinds.option(recipe, "gradient_accumulation_steps"))
+    return max(1, recipe.global_batch_size // (int(kinds.option(recipe, "per_device_train_batch_size")) * layout.processes))
+
+
+def _tensors(recipe: Recipe, drawn: Blueprint) -> Any:
+    """Each parameter and buffer once, with what it is called."""
+    numbers = {
+        id(tensor): number
+        for number, layer in enumerate(drawn.layers or ())
+        for tensor in (*layer.parameters(), *layer.buffers())
+    }
+    trained = "adapter" if blueprint.is_adapted(drawn) else "weights"
+    frozen = "weights" if recipe.quantization is None else "weights, not quantised"
+    seen: set[int] = set()
+    copies = 2 if recipe.task == "preference" and recipe.adapter is None else 1  # DPO's reference is a second model
+    for module in drawn.model.modules():
+        own = module.named_buffers(recurse=False)
+        quantised = isinstance(module, Quantised)
+        named = [(name, tensor, _kind(module, name) if quantised else sharding.BUFFERS) for name, tensor in own]
+        named += [(name, p, trained if p.requires_grad else frozen) for name, p in module.named_parameters(recurse=False)]
+        for _, tensor, kind in named:
+            if id(tensor) in seen or not tensor.numel():
+                continue
+            seen.add(id(tensor))
+            found = {"kind": kind, "elements": tensor.numel(), "itemsize": tensor.element_size()}
+            yield Tensor(**found, trained=tensor.requires_grad, layer=numbers.get(id(tensor)), shape=tuple(tensor.shape))
+            if copies == 2:
+                yield Tensor(**found | {"kind": "reference model"}, layer=numbers.get(id(tensor)))
+
+
+def _kind(module: Quantised, name: str) -> str:
+    if name == "packed":
+        return "weights, 8-bit" if module.eight else "weights, 4-bit"
+    return sharding.CONSTANTS

@@ -1,0 +1,265 @@
+"""What a recipe will take: counted on tensors without storage, against the same model with it, and told in one piece."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from scalepeft import forecast, hardware, plan, sharding
+from scalepeft import recipe as recipes
+from scalepeft.errors import UserError
+
+LORA = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+LLAMA_70B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8192, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 28672, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "dtype": "bfloat16",
+}  # fmt: skip
+"""Llama 3.1 70B as it was published."""
+
+
+def llama(folder: Path, **changes) -> Path:
+    """A folder with a configuration alone."""
+    folder.mkdir(exist_ok=True)
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {
+        **LLAMA_70B,
+        **small,
+        "num_hidden_layers": 9,
+        "vocab_size": 500,
+        "max_position_embeddings": 256,
+        "dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(shape | changes), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def sft(tmp_path):
+    """A recipe for a model of which only the configuration is there, and rows that are not."""
+
+    def made(base: Path | None = None, **training) -> recipes.Recipe:
+        base = base or llama(tmp_path / "llama")
+        file = tmp_path / "sft.yaml"
+        given = {
+            "per_device_train_batch_size": 2,
+            "max_length": 64,
+            "bf16": False,
+            "activation_checkpointing": False,
+        } | training
+        file.write_text(
+            json.dumps(
+                {
+                    "task": "causal-lm",
+                    "model": {"name_or_path": str(base)},
+                    "adapter": LORA,
+                    "data": {"train": {"path": "nobody/rows"}},
+                    "training": given,
+                }
+            ),
+            encoding="utf-8",
+        )
+        return recipes.load(file)
+
+    return made
+
+
+def whole(recipe, monkeypatch, **options) -> forecast.Plan:
+    """The plan of a model all of whose layers are run."""
+    from scalepeft import footprint
+
+    monkeypatch.setattr(footprint, "_LONG", 1000)
+    return forecast.plan(recipe, sharding.Layout(), **options)
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_short_models_tell_of_a_deep_one_what_the_whole_of_it_tells(sft, monkeypatch, checkpointing, accelerator):
+    recipe = sft(activation_checkpointing=checkpointing, gradient_accumulation_steps=2)
+    extended = forecast.plan(recipe, sharding.Layout(), accelerator=accelerator).found
+    traced = whole(recipe, monkeypatch, accelerator=accelerator).found
+    assert (extended.items, extended.flops, extended.moment) == (traced.items, traced.flops, traced.moment)
+
+
+def test_a_4_bit_base_is_counted_as_bitsandbytes_stores_it(sft, tmp_path):
+    """Against layers of bitsandbytes itself, quantised here."""
+    import bitsandbytes as bnb
+
+    from scalepeft import console
+    from scalepeft.blueprint import Quantised, build
+
+    console.quiet_upstream()
+    recipe = sft(llama(tmp_path / "short", num_hidden_layers=2))
+    given = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    recipe = recipes.load(recipe.document.path, [f"quantization={json.dumps(given)}"])
+    found = [m for m in build(recipe, labels=[]).model.modules() if isinstance(m, Quantised)]
+    assert len(found) == 2 * 7
+    for layer in found:
+        real = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compress_statistics=True, quant_type="nf4")
+        weight = real.to("cpu").weight
+        assert weight.quant_state.nested
+        assert layer.packed.nbytes == weight.nbytes
+        assert layer.constants.nbytes == weight.quant_state.absmax.nbytes
+        assert layer.outer.nbytes == weight.quant_state.state2.absmax.nbytes
+
+
+OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit",
+    "paged_lion_32bit", "ademamix", "ademamix_8bit", "rmsprop_bnb",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_optimizers_keep_what_the_table_says(name):
+    from transformers import Trainer, TrainingArguments
+
+    sizes = [(128, 64), (10,), (300, 40)]
+    parameters = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
+    arguments = TrainingArguments(output_dir="unused", optim=name, use_cpu=True)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    made = kind(parameters, **options)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    made.step()
+    states = [
+        t for of in made.state.values() for key, t in of.items() if torch.is_tensor(t) and t.numel() > 1 and "qmap" not in key
+    ]
+    predicted = sharding.OPTIMIZERS[name].size([(p.numel(), 4) for p in parameters])
+    assert sum(t.nbytes for t in states) == predicted
+
+
+def test_the_parameters_are_those_of_the_model_that_is_trained(toy, train):
+    recipe = toy(
+        training={
+            "max_steps": 1,
+            "eval_on_start": False,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "num_train_epochs": None,
+        }
+    )
+    found = forecast.plan(recipes.load(recipe), sharding.Layout(), accelerator=False)
+    assert found.found.parameters == train(recipe, verify=False).record["parameters"]
+    assert found.steps == 1
+
+
+@pytest.mark.long
+def test_a_70b_recipe_is_planned_in_a_minute_and_little_memory(tmp_path, command):
+    """The figures of time and memory are the benchmark's; here, that it can be done at all, and what comes of it."""
+    base = llama(tmp_path / "70b", **LLAMA_70B)
+    given = ["plan", "sft_qlora_70b", f"model.name_or_path={base}", "--launch", "zero3", "--num-processes", "8", "--json"]
+    done = command(*given, "--gpu", "h100-80gb")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["fits"]
+    assert 70.5e9 < found["parameters"]["total"] < 71e9
+    weights = found["device_bytes"]["weights, 4-bit"]
+    assert weights * 8 == pytest.approx((found["parameters"]["total"] - 2 * 128256 * 8192) / 2, rel=0.02)
+
+
+# --- what is told -------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_told_with_the_nearest_change_that_does(sft, capsys):
+    recipe = sft(per_device_train_batch_size=16, max_length=256)
+    peak = forecast.plan(recipe, sharding.Layout(), accelerator=False).found.peak
+    plan.main([str(recipe.document.path), "--cpu", "--memory", f"{peak * 0.6 / 2**20}MiB"])
+    said = capsys.readouterr().out
+    assert "does not fit" in said
+    change = next(line for line in said.splitlines() if line.strip().endswith("  fits"))
+    assert "per_device_train_batch_size=8 x 2 accumulated" in change
+
+
+def test_an_enlarged_device_changes_the_verdict_alone(sft, capsys):
+    path = str(sft().document.path)
+    figures = []
+    for size in ("200MiB", "100GiB"):
+        plan.main([path, "--memory", size, "--json"])
+        figures.append(json.loads(capsys.readouterr().out))
+    assert [found["fits"] for found in figures] == [False, True]
+    assert figures[0]["peak_bytes"] == figures[1]["peak_bytes"] == sum(figures[0]["device_bytes"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--gpu", "h100-8gb"], "--gpu 'h100-8gb': no such device; did you mean 'h100-80gb'?"),
+        (["--gpu", "a100"], "did you mean 'a100-40gb' or 'a100-80gb'?"),
+        (["--memory", "lots"], "--memory 'lots': is no size; it takes one like 80GiB or 24GB"),
+        (["--memory", "0GiB"], "is no size"),
+        (["--num-processes", "0"], "--num-processes is 0; it is 1 or more"),
+        (["--launch", "zero9"], "there is no layout 'zero9'; did you mean"),
+        (["--launch", "single_gpu", "--num-processes", "2"], "is the layout of one"),
+        (["--mfu", "40"], "--mfu is 40.0; it is a share"),
+        (["--price", "-1"], "--price is -1.0; it is above 0"),
+        (["--gpu", "h100-80gb", "--memory", "80GiB"], "not both"),
+        (["model.name_or_path=nobody/nothing"], "is not in the cache"),
+        (["model.name_or_path=./nothing"], "is neither a folder here nor an id of the Hub"),
+        (["training.max_length=999999999", "training.packing=true"], "tokens"),
+    ],
+)
+def test_what_cannot_be_planned_is_a_line(sft, arguments, told):
+    base = llama(Path(sft().document.path).parent / "long", max_position_embeddings=10**9)
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        plan.main([str(sft(base).document.path), *arguments])
+    assert told in str(error.value)
+
+
+def test_devices_are_named_as_their_makers_do():
+    assert hardware.device("H100_80GB").flops == 989e12
+    assert all(
+        device.memory % hardware.GIB == 0 and f"-{device.memory // hardware.GIB}gb" in name
+        for name, device in hardware.DEVICES.items()
+    )
+
+
+def test_a_plan_leaves_the_random_numbers_as_they_are(sft, monkeypatch):
+    """As at the start of a training: there on an accelerator, of which this process is told here."""
+    from scalepeft import console, model, workload
+
+    console.quiet_upstream()
+    recipe = sft(neftune_noise_alpha=5, bf16=True)
+    monkeypatch.setattr(model, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(workload, "of", lambda recipe, _: workload.rows(recipe))
+    before = torch.random.get_rng_state()
+    found = forecast.of_training(recipe, None)
+    assert found is not None
+    assert "takes about" in forecast.verdict(found)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_what_cannot_be_traced_is_an_estimate_with_a_range(sft, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def looks(self, x):
+        return x * float(self.down_proj(self.up_proj(x)).sum())
+
+    monkeypatch.setattr(LlamaMLP, "forward", looks)
+    found = forecast.plan(sft(), sharding.Layout(), accelerator=False)
+    low, likely, high = found.needed
+    assert low < likely < high
+    assert any("cannot be traced" in note and "estimates" in note for note in found.found.notes)
+
+
+def test_layouts_divide_what_their_engine_divides(sft):
+    recipe = sft()
+    layouts = [sharding.read(name, 4) for name in ("multi_gpu", "zero2", "zero3")]
+    ddp, zero2, zero3 = (found.found for found in forecast.plans(recipe, layouts, [None], accelerator=False))
+    assert zero2.items["weights"] == ddp.items["weights"]
+    assert zero3.items["weights"] == pytest.approx(ddp.items["weights"] / 4, rel=0.01)
+    assert zero2.items["optimizer states"] == pytest.approx(ddp.items["optimizer states"] / 4, rel=0.01)
+
+
+def test_all_recipes_of_a_folder_are_held_against_common_devices(sft, tmp_path, capsys):
+    sft()
+    (tmp_path / "broken.yaml").write_text("task: nothing\n")
+    plan.main(["--all", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["recipe", "one", "device", "takes", "24", "GiB", "48", "GiB", "80", "GiB", "141", "GiB"]
+    assert "has no value 'nothing'" in lines[1]
+    assert lines[2].split()[0] == "sft"
+    assert lines[2].split()[-4:] == ["1"] * 4
