@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,9 @@ def test_the_layout_of_one_process_runs_in_place(command, toy, tmp_path):
         f"accelerate_configs/cpu.yaml --num_processes 1 -m scalepeft.train {tmp_path}/run.yaml"
     )
     assert "  layout   1 process · cpu" in found.stdout
+
+
+def test_a_signal_to_a_launcher_without_processes_stops_what_has_not_begun_and_nothing_that_is_done():
+    with pytest.raises(KeyboardInterrupt):
+        launch._pass_on(lambda: False, signal.SIGTERM)
+    launch._pass_on(lambda: True, signal.SIGTERM)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,12 +142,12 @@ def line(
     return Line(environment=environment, arguments=[*options, "-m", module, *arguments])
 
 
-def start(launched: Line, stop: Stop) -> int:
+def start(launched: Line, stop: Stop, ended: Callable[[], bool]) -> int:
     """Run a line in this process, as `accelerate launch` does, and return the exit status of the process that failed first.
 
     What the launched processes say they have said themselves: only one that was killed is told of here. Signals are passed on
     to them, once each, and they leave when they have saved: torch's launcher would kill them after 30 seconds, and itself
-    end of SIGUSR1.
+    end of SIGUSR1. `ended` tells whether what they were launched for is done.
     """
     quiet_upstream()
     os.environ |= launched.environment
@@ -162,7 +163,7 @@ def start(launched: Line, stop: Stop) -> int:
     options = launch_command_parser().parse_args(list(launched.arguments))
     options.signals_to_handle = "SIGHUP,SIGQUIT"
     try:
-        with stop.passed_on(_pass_on):
+        with stop.passed_on(functools.partial(_pass_on, ended)):
             launch_command(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -181,12 +182,15 @@ def start(launched: Line, stop: Stop) -> int:
     return 0
 
 
-def _pass_on(number: int) -> None:
-    """Send a signal to the launched processes, each of which leads a session of its own; without any, there is nothing yet."""
+def _pass_on(ended: Callable[[], bool], number: int) -> None:
+    """Send a signal to the launched processes, each of which leads a session of its own.
+
+    Without any there is nothing yet, or nothing left: the launcher of one machine waits for those of the others.
+    """
     import psutil
 
     launched = [child for child in psutil.Process().children() if os.getsid(child.pid) == child.pid]
-    if not launched:
+    if not launched and not ended():
         raise KeyboardInterrupt
     for process in launched:
         with contextlib.suppress(psutil.NoSuchProcess):

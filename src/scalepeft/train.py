@@ -63,7 +63,9 @@ def _launched(line: launch.Line, run: Run, stop: stops.Stop) -> int:
     run.begin()
     os.environ[_BEGUN] = "1"
     with _interruptible(run, stop):
-        return launch.start(line, stop)
+        return launch.start(
+            line, stop, lambda: (run.path / runs.VERIFICATION).is_file() or run.record.get("status") == "complete"
+        )
 
 
 _BEGUN = "SCALEPEFT_SESSION_BEGUN"
