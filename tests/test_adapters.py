@@ -140,7 +140,9 @@ def test_the_saved_adapter_gives_the_trained_model_on_the_plain_base(chat, train
     assert (base - reference["logits"]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("how", ["pissa_niter_4", "olora", "lora_ga", "eva"])
+@pytest.mark.parametrize(
+    "how", ["olora", *(pytest.param(how, marks=pytest.mark.long) for how in ("pissa_niter_4", "lora_ga", "eva"))]
+)
 def test_a_run_resumed_with_a_changed_base_is_the_straight_one(toy, train, tmp_path, how):
     recipe = toy("run", adapter=LORA | {"init_lora_weights": how, "lora_dropout": 0.1})
     straight = train(recipe)
@@ -293,6 +295,7 @@ def test_some_types_are_not_continued_from(chat, train, adapter, reason):
     ],
     ids=["LORA", "tokens", "DoRA", "PiSSA", "IA3", "VERA"],
 )
+@pytest.mark.long
 def test_preferences_from_answers_start_with_rewards_of_zero_and_keep_their_reference(chat, train, adapter):
     before = train(chat("run", adapter=adapter))
     run = train(chat("dpo", task="preference", adapter={"name_or_path": str(before.path)}))

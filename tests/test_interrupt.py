@@ -119,6 +119,7 @@ def test_asked_to_stop_it_saves_says_so_and_goes_on(toy, train, start, straight,
     check_as_if_nothing_had_happened(train(recipe), straight)
 
 
+@pytest.mark.long
 def test_told_twice_it_leaves_at_once_and_keeps_the_last_checkpoint(toy, train, start):
     one_step_an_epoch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 70, "num_train_epochs": 5}
     straight = train(toy("straight", training=one_step_an_epoch))
@@ -137,6 +138,7 @@ def test_told_twice_it_leaves_at_once_and_keeps_the_last_checkpoint(toy, train, 
     assert adapters[0] == adapters[1]
 
 
+@pytest.mark.long
 def test_killed_it_goes_on(toy, train, start, straight):
     recipe = toy(training=LONG)
     process = start(recipe)

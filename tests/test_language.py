@@ -415,6 +415,7 @@ def test_a_loss_on_a_part_that_text_does_not_have_is_refused(chat, train, option
     assert f"training.{option}: rows of the format text" in refusal(train, recipe)
 
 
+@pytest.mark.long
 def test_attention_without_a_backward_pass_here_is_one_line(chat, command):
     recipe = chat(model={"attn_implementation": "flex_attention"})
     ended = command("train", recipe)  # a process of its own: it loads torch's compiler, which warns of itself

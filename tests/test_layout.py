@@ -83,7 +83,6 @@ IN_FOUR_BITS = ("1x16", "1x4x4", "2x8", "2x4x2", "2x8 ZeRO-2", "2x8 ZeRO-3", "2x
 QUICK = {
     "1x4x4": ("encoder, LoRA", "encoder, LoRA, dropout", "decoder, LoRA", "decoder, DPO"),
     "2x8": ("encoder, LoRA", "encoder, LoRA, dropout", "decoder, LoRA", "decoder, DPO"),
-    "2x4x2 ZeRO-3": ("encoder, LoRA", "decoder, LoRA"),
 }
 
 
@@ -160,7 +159,7 @@ def launched(written: list[Path], file: str | None) -> None:
         options = ["--config_file", str(chosen.path), "--num_processes", "2", "--main_process_port", "0"]
         command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(SEVERAL), *map(str, written)]
     found = subprocess.run(
-        command, cwd=written[0].parent, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=500
+        command, cwd=written[0].parent, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=900
     )
     assert found.returncode == 0, found.stderr[-6000:]
 
@@ -271,13 +270,14 @@ def test_evaluation_over_ranks_counts_every_row_once(matrix):
     assert predict.evaluate(run)["test"]["loss"] == pytest.approx(run.record["metrics"]["after"]["loss"], rel=CLOSE)
 
 
-@pytest.mark.parametrize("layout", ["2x4x2 ZeRO-3", pytest.param("2x8 FSDP2", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["2x4x2 ZeRO-3", "2x8 FSDP2"])
 @pytest.mark.parametrize("recipe", ["encoder, LoRA", "decoder, LoRA"])
 def test_what_was_trained_in_parts_is_verified_whole_in_a_fresh_process(matrix, layout, recipe, tmp_path):
     from scalepeft.verify import verify
 
     run = Run(tmp_path / "run")
-    shutil.copytree(matrix.run(layout, recipe, quick=layout in QUICK).path, run.path)
+    shutil.copytree(matrix.run(layout, recipe, quick=False).path, run.path)
     verify(run)
     assert run.record["status"] == "complete"
     assert run.record["verification"]["max_difference"] < CLOSE

@@ -195,7 +195,10 @@ def test_a_holdout_is_a_set(toy, shown):
     assert figure(out, "rows") == ["50", "20"]
 
 
-@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}], ids=["colours", "NO_COLOR"])
+@pytest.mark.parametrize(
+    "environment",
+    [pytest.param({}, id="colours", marks=pytest.mark.long), pytest.param({"NO_COLOR": "1"}, id="NO_COLOR")],
+)
 def test_colours_only_on_a_terminal_that_wants_them(chat, tmp_path, environment):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "scalepeft", "preview", str(chat()), "-n", "1"]

@@ -567,7 +567,7 @@ def test_a_merged_model_is_pushed_with_the_card_of_its_run(merged, hub, pushed, 
 def test_the_card_of_a_merged_model_tells_the_merge(merged):
     told = json.loads((merged / "merge.json").read_text())
     told |= {"merged_on": "dequantized", "reason": "nearer to what was trained"}
-    told["proof"] = {"method": "logits", "rows": 32, "max_difference": 1.25e-5, "bound": 1e-4}
+    told["proof"] = {"method": "logits", "rows": 32, "max_difference": 3e-5, "bound": 1e-4}
     told["verify"] = {
         "rows": 32,
         "loss_rows": 70,
@@ -579,7 +579,7 @@ def test_the_card_of_a_merged_model_tells_the_merge(merged):
     (text,) = (file.content.decode() for file in files if file.path == "README.md")
     _, _, section = text.partition("## The merge\n\n")
     assert section.startswith("Merged into the dequantized weights of the base: nearer to what was trained.")
-    assert "the logits of 32 rows differ by at most 1.2e-05 (allowed: 0.0001)" in section
+    assert "the logits of 32 rows differ by at most 3e-05 (allowed: 0.0001)" in section
     assert "the loss over 70" in section
     assert "| merged on dequantized | 0.5125 | 0.001 | 0.02 |" in section
 

@@ -90,6 +90,7 @@ def test_one_that_dies_ends_all(recipe, tmp_path, fault, expected):
     assert record["step"] == 0
 
 
+@pytest.mark.long
 def test_what_all_processes_meet_is_told_once(recipe, tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\n,positive\n")
     words = ["-m", "scalepeft", "train", recipe, "--launch", "multi_cpu"]

@@ -498,7 +498,7 @@ def test_a_run_that_broke_down_says_why_and_goes_on_as_if_it_had_not(  # noqa: P
     assert run.record["metrics"] == complete.record["metrics"]
 
 
-@pytest.mark.parametrize("at", [7, 10, 27])
+@pytest.mark.parametrize("at", [7, pytest.param(10, marks=pytest.mark.long), pytest.param(27, marks=pytest.mark.long)])
 def test_going_on_in_the_middle_of_an_epoch_changes_nothing_under_accumulation(toy, train, crash, monkeypatch, at):
     several = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
     straight = train(toy("straight", training=several))
