@@ -158,7 +158,7 @@ def predict(drawn: Sketch, layout: Layout) -> Prediction:
 def _at(moment: str, step: Counter[str], held: Held) -> Counter[str]:
     found = Counter(step)
     found["gathered weights"] += held.gathered
-    if not moment.startswith(("before", "forward")):
+    if moment.startswith(("backward", "after")):  # the first gradient is there when the head's own temporaries are gone
         found["communication buckets"] += held.in_backward
     return found
 
