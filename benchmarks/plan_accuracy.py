@@ -398,12 +398,13 @@ What others have published, and what the plan says of the same model, batch and 
 {why}
 """
 WHY = """\
-48 GB on a card are 48 GiB, or 51.5 GB. peft's guides give batch and length by their scripts: 2 rows of 2,048 tokens, packed, twice
-accumulated, with flash attention. They do not say whether their memory is what the allocator gave out or what it held, and
-their stack differs from this one in two ways that are known: logits were whole, 2 x 2,048 x 32,000 numbers in bf16, in float32 and
-as gradients, 1.3 to 2 GB where the loss here is computed in tiles; and FSDP was FSDP1, which flattens a block's parameters, gathers
-ahead of their use and gives them back later than FSDP2. The former makes up for about half of the difference under ZeRO-3. For
-FSDP a difference of some 5 GB is left that is not explained: no run of FSDP2 on GPUs has been measured here."""
+48 GB on a card are 48 GiB, or 51.5 GB. peft's guides give batch and length by their scripts: 2 rows of 2,048 tokens, packed,
+twice accumulated, with flash attention. They do not say whether their memory is what the allocator gave out or what it held,
+and their stack differs from this one in two ways that are known: logits were whole, 2 x 2,048 x 32,000 numbers in bf16, in
+float32 and as gradients, 1.3 to 2 GB where the loss here is computed in tiles; and FSDP was FSDP1, which flattens a block's
+parameters, gathers ahead of their use and gives them back later than FSDP2. The former makes up for about half of the
+difference under ZeRO-3. For FSDP a difference of some 5 GB is left that is not explained: no run of FSDP2 on GPUs has been
+measured here."""
 
 
 def page(kept: Mapping[str, Any]) -> str:

@@ -378,3 +378,18 @@ def test_an_attention_without_its_package_is_one_line_that_names_the_key(chat, t
     with pytest.raises(UserError, match=r"run\.yaml:\d+: model\.attn_implementation: .*Flash") as caught:
         train(chat("run", model={"attn_implementation": "flash_attention_2"}))
     assert len(caught.value.problems) == 1
+
+
+def test_a_head_that_is_held_in_parts_is_trained_and_saved_whole(toy):
+    """As ZeRO-3 leaves parameters when a model is made: empty, with their size in ds_numel."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    from scalepeft import adapters
+
+    base = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=50, dim=32, hidden_dim=64, n_layers=1, n_heads=2))
+    for parameter in base.parameters():
+        parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
+    recipe = recipes.load(toy(adapter=LORA))
+    found = adapters._whole(recipe, base, [])
+    assert found["modules_to_save"] == ["pre_classifier", "classifier"]
+    assert "pre_classifier" in found["exclude_modules"]

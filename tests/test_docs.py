@@ -48,8 +48,6 @@ LIGHT = {
     "scalepeft fetch quickstart": "",
     "scalepeft preview quickstart --set test": "",
     "scalepeft plan quickstart --gpu h100-80gb": "",
-    "scalepeft plan quickstart --launch zero3 --num-processes 8 --memory 24GiB --json": "",
-    "scalepeft doctor": "",
 }
 """Commands of the documents that take a moment: what is appended to them; the make targets are run by .ci/run."""
 LONG = {
@@ -75,6 +73,8 @@ LONG = {
     "scalepeft push runs/quickstart --repo-id alice/film-reviews --base sentence-transformers/all-MiniLM-L6-v2 --dry-run": "",
     "scalepeft push runs/quickstart --repo-id alice/film-reviews --base sentence-transformers/all-MiniLM-L6-v2": "",
     "scalepeft sweep quickstart 'adapter.r=[4,8]' 'training.learning_rate=[1e-3,3e-4]'": TINY,
+    "scalepeft plan quickstart --launch zero3 --num-processes 8 --memory 24GiB --json": "",
+    "scalepeft doctor": "",
     "scalepeft merge runs/quickstart --output merged": "",
     "scalepeft merge runs/quickstart --output merged-bf16 --dtype bfloat16 --verify reviews.csv": "",
     "scalepeft export runs/quickstart --format onnx --output exported-onnx": "",

@@ -75,8 +75,10 @@ def whole(recipe, monkeypatch, **options) -> forecast.Plan:
     return forecast.plan(recipe, sharding.Layout(), **options)
 
 
-@pytest.mark.parametrize("accelerator", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
+RUNS = [(False, False), (True, True), *(pytest.param(*of, marks=pytest.mark.long) for of in ((True, False), (False, True)))]
+
+
+@pytest.mark.parametrize(("checkpointing", "accelerator"), RUNS)
 def test_two_short_models_tell_of_a_deep_one_what_the_whole_of_it_tells(sft, monkeypatch, checkpointing, accelerator):
     recipe = sft(activation_checkpointing=checkpointing, gradient_accumulation_steps=2)
     extended = forecast.plan(recipe, sharding.Layout(), accelerator=accelerator).found
@@ -164,6 +166,7 @@ def test_a_70b_recipe_is_planned_in_a_minute_and_little_memory(tmp_path, command
 # --- what is told -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_what_does_not_fit_is_told_with_the_nearest_change_that_does(sft, capsys):
     recipe = sft(per_device_train_batch_size=16, max_length=256)
     peak = forecast.plan(recipe, sharding.Layout(), accelerator=False).found.peak
@@ -174,6 +177,7 @@ def test_what_does_not_fit_is_told_with_the_nearest_change_that_does(sft, capsys
     assert "per_device_train_batch_size=8 x 2 accumulated" in change
 
 
+@pytest.mark.long
 def test_an_enlarged_device_changes_the_verdict_alone(sft, capsys):
     path = str(sft().document.path)
     figures = []
@@ -254,6 +258,7 @@ def test_layouts_divide_what_their_engine_divides(sft):
     assert zero2.items["optimizer states"] == pytest.approx(ddp.items["optimizer states"] / 4, rel=0.01)
 
 
+@pytest.mark.long
 def test_all_recipes_of_a_folder_are_held_against_common_devices(sft, tmp_path, capsys):
     sft()
     (tmp_path / "broken.yaml").write_text("task: nothing\n")
