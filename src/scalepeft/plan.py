@@ -120,6 +120,7 @@ def _beside(found: Plan) -> dict[str, int]:
     training = sum(prediction.host.values())
     beside = {"host, each process, in training": int(training + IMPORTS)}
     beside["host, each process, while loading (estimate)"] = int(max(training, prediction.largest * 2) + IMPORTS)
+    beside["host, each process, while saving (estimate)"] = int(training + prediction.saved + states / processes + IMPORTS)
     if found.recipe.adapter is not None:
         beside["host, merging: the largest tensors (estimate)"] = int(4 * prediction.largest + IMPORTS)
         beside["disk, merged model"] = prediction.unquantised
