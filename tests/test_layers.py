@@ -19,6 +19,8 @@ LAYERS = (
     ("adapter_rules", "stream_rules", "check", "recipe"),
     (
         "stops",
+        "assets",
+        "fetch",
         "published",
         "records",
         "launch",
@@ -26,8 +28,6 @@ LAYERS = (
         "run",
         "schema",
         "beside",
-        "assets",
-        "fetch",
         "cluster",
         "hardware",
         "sharding",

@@ -272,8 +272,9 @@ class _Reading:
             elif name.value in seen:
                 self.problems.append(f"{where}: duplicate key {name.value!r}; it stands already at {seen[name.value]}")
             else:
-                seen[name.value] = self.lines[(*key, name.value)] = where
-                yield name.value, self.value(value, (*key, name.value), around)
+                at = (*key, name.value)
+                seen[name.value] = self.lines[at] = where
+                yield name.value, self.value(value, at, around)
 
 
 def _scalar(node: yaml.Node) -> Any:

@@ -82,6 +82,7 @@ def _of_folder(folder: Path) -> Source:
 
 
 def configuration(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model's folder. Raises UserError for one that it does not know, or that needs code."""
     from transformers import AutoConfig
 
     if trust_remote_code:

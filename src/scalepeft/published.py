@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -11,6 +10,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from scalepeft.fetch import file_sha256
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1
@@ -39,7 +40,7 @@ def _writer(path: Path) -> int:
 
 def _digest(path: Path, *, flush: bool = False) -> dict[str, Any]:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(file)
         if flush:
             os.fsync(file.fileno())
         return {"size": os.fstat(file.fileno()).st_size, "sha256": found}

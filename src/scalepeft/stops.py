@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from scalepeft.console import speaks
 
@@ -45,7 +45,7 @@ class Stop:
         self._process = os.getpid()
         self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Stop:  # noqa: PYI034  # typing has Self from Python 3.11 on
         if threading.current_thread() is threading.main_thread():  # no other may
             self._previous = {number: signal.signal(number, self._hear) for number in SIGNALS}
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # held back by `held_back`
