@@ -76,6 +76,7 @@ def carry_out(recipe: Path, places: Sequence[tuple[str, int, int]], *, training,
         assert f"stopped at step {step} of" in told, (where, step, told)
         if RANK:  # what process 0 left it may be taking up already
             continue
+        assert stops.marked_by_file(run.path) == (where == "file")
         assert (run.path / stops.INTERRUPTED).exists()
         assert not (run.path / stops.STOP).exists()
         assert run.record["status"] == "interrupted"

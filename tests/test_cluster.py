@@ -277,6 +277,14 @@ def test_restarts_have_a_cap(jobs):
     assert jobs.run("capped").record["status"] == "interrupted"
 
 
+def test_the_file_stop_ends_a_job_until_somebody_queues_it_again(jobs):
+    job = jobs.train(jobs.recipe("by-hand"))
+    jobs.at_step(job, "by-hand", 1)
+    (jobs.run("by-hand").path / "STOP").touch()
+    jobs.failed(job, "stopped by the file STOP; the same command goes on")
+    assert (jobs.restarts(job), jobs.run("by-hand").record["status"]) == (0, "interrupted")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root alone")
 def test_a_full_disk_fails_and_keeps_what_was_saved(jobs, queued):
     jobs.recipe("full", training={"output_dir": "small/run", "save_total_limit": None})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scalepeft import cluster, submit, sweep
+from scalepeft import cluster, stops, submit, sweep
 from scalepeft.errors import UserError
 from scalepeft.run import Run
 
@@ -140,6 +140,16 @@ def test_the_verdict_is_by_the_record_of_this_job_and_what_befell_it(case, tmp_p
     assert found == expected, told
     assert told.startswith(f"{tmp_path}: ")
     assert "\n" not in told
+
+
+def test_a_run_that_a_person_stopped_by_the_file_is_not_queued_again(tmp_path):
+    run = Run(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"status": "interrupted", "reason": "why"}))
+    stops.mark(tmp_path, by_file=True)
+    told = f"{tmp_path}: stopped by the file STOP; the same command goes on"
+    assert cluster.verdict(run, "old", cause="it was pre-empted", restarts=0, most=3) == (1, told)
+    stops.mark(tmp_path)
+    assert cluster.verdict(run, "old", cause="", restarts=0, most=3)[0] == cluster.REQUEUE
 
 
 def test_preemption_is_read_from_slurms_own_words():

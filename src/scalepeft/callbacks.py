@@ -104,13 +104,14 @@ class StopRequest(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, stop: Stop, run: Path) -> None:
         self.stop, self.run, self.file = stop, run, StopFile(run)
-        self.stopped = False
+        self.stopped = self.by_file = False
 
     def _asked(self, args: TrainingArguments) -> bool:
         if self.stopped:
             return True
         first = args.process_index == 0
-        asked = self.stop.requested or (first and self.file.there())
+        self.by_file = first and self.file.there()
+        asked = self.stop.requested or self.by_file
         if args.world_size > 1:
             flag = torch.tensor(int(asked), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from scalepeft import fetch, launch
+from scalepeft import fetch, launch, stops
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.console import note
@@ -117,6 +117,8 @@ def verdict(run: Run, before: str, *, cause: str, restarts: int, most: int) -> t
     if status == "complete":
         return 0, f"{run.path}: complete"
     stopped = cause or ("asked to stop" if status == "interrupted" else "")
+    if status == "interrupted" and stops.marked_by_file(run.path):
+        return 1, f"{run.path}: stopped by the file {stops.STOP}; the same command goes on"
     if not stopped or (status == "failed" and cause != LOST):  # it would fail again
         said = {"running": "failed: it ended without a word of its own", None: "failed before it began to train"}
         return 1, f"{run.path}: {said.get(status, 'failed')}"  # the run itself has said why

@@ -163,10 +163,10 @@ class Run:
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
 
-    def interrupt(self, reason: str) -> None:
+    def interrupt(self, reason: str, *, by_file: bool = False) -> None:
         """Record that the run left on request, with the marker by which scripts tell it from one that failed."""
         self.end("interrupted", reason)
-        stops.mark(self.path)
+        stops.mark(self.path, by_file=by_file)
 
     def move_aside(self) -> Path:
         """Rename the directory to the first free NAME.1, NAME.2, ... and return that."""

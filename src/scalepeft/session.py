@@ -64,7 +64,7 @@ def session(
         _leave(run, ranks.agree({"_stop": stop.requested}), "trained and saved, not verified; the same command does that")
     except Interrupted as error:
         if first:
-            run.interrupt(str(error))
+            run.interrupt(str(error), by_file=trainer.stop_request.by_file)
         ranks.agree({})  # the launcher ends all processes when one leaves
         raise
     except Exception as error:

@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOP = "STOP"
 """Put into a run directory it stops the training there, as a signal would; it is taken away when it is heeded."""
 INTERRUPTED = "INTERRUPTED"
-"""Stands in the directory of a run that left on request and goes on with the same command."""
+"""Stands in the directory of a run that left on request and goes on with the same command; holds STOP when that file asked."""
 
 _ECHO = 1.0
 """Seconds within which a second SIGINT of a launched process is the same Ctrl-C, come by two ways: schedulers signal every
@@ -132,7 +132,15 @@ class StopFile:
         self.path.unlink(missing_ok=True)
 
 
-def mark(run: Path) -> None:
+def mark(run: Path, *, by_file: bool = False) -> None:
     """Leave the marker INTERRUPTED, and the directory where there is none yet."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / INTERRUPTED).touch()
+    (run / INTERRUPTED).write_text(STOP if by_file else "", encoding="utf-8")
+
+
+def marked_by_file(run: Path) -> bool:
+    """Whether it was the file STOP, so a person, that stopped the run."""
+    try:
+        return (run / INTERRUPTED).read_text(encoding="utf-8") == STOP
+    except FileNotFoundError:
+        return False
