@@ -213,6 +213,17 @@ def test_what_cannot_be_planned_is_a_line(sft, arguments, told):
     assert told in str(error.value)
 
 
+def test_a_model_that_brings_its_own_code_is_refused_and_its_code_not_run(sft, tmp_path):
+    base = llama(tmp_path / "own")
+    config = json.loads((base / "config.json").read_text())
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    (base / "own.py").write_text("raise SystemExit('the code of the model was run')\n")
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        plan.main([str(sft(base).document.path)])
+    assert "trust_remote_code" in str(error.value)
+
+
 def test_devices_are_named_as_their_makers_do():
     assert hardware.device("H100_80GB").flops == 989e12
     assert all(
@@ -223,17 +234,28 @@ def test_devices_are_named_as_their_makers_do():
 
 def test_a_plan_leaves_the_random_numbers_as_they_are(sft, monkeypatch):
     """As at the start of a training: there on an accelerator, of which this process is told here."""
-    from scalepeft import console, model, workload
+    from scalepeft import console, workload
 
     console.quiet_upstream()
     recipe = sft(neftune_noise_alpha=5, bf16=True)
-    monkeypatch.setattr(model, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(forecast, "_on_accelerator", lambda: True)
     monkeypatch.setattr(workload, "of", lambda recipe, _: workload.rows(recipe))
     before = torch.random.get_rng_state()
     found = forecast.of_training(recipe, None)
     assert found is not None
     assert "takes about" in forecast.verdict(found)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_training_that_shows_its_plan_trains_the_same(toy, train, capsys, monkeypatch):
+    """As it does on an accelerator, of which this process is told here."""
+    straight = train(toy("straight"))
+    monkeypatch.setattr(forecast, "_on_accelerator", lambda: True)
+    run = train(toy("planned"))
+    assert "  plan     takes about " in capsys.readouterr().out
+    assert run.record["prediction"]["needed_bytes"] > run.record["prediction"]["peak_bytes"] > 0
+    assert straight.record["prediction"] is None
+    assert (run.path / "metrics.jsonl").read_bytes() == (straight.path / "metrics.jsonl").read_bytes()
 
 
 def test_what_cannot_be_traced_is_an_estimate_with_a_range(sft, monkeypatch):

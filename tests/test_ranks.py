@@ -9,8 +9,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate.utils import DeepSpeedPlugin
 from conftest import toy_rows, write_csv
 
 from scalepeft import engines
@@ -192,3 +195,13 @@ def test_torch_builds_with_the_ninja_of_the_environment_whatever_the_path(tmp_pa
     monkeypatch.setenv("PATH", str(tmp_path))
     engines._own_ninja()
     assert shutil.which("ninja") == str(own)
+
+
+def test_zeros_bucket_for_gradients_holds_what_is_trained_unless_the_launch_file_names_another():
+    plugin = DeepSpeedPlugin(zero_stage=2)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad = False
+    engines.before_deepspeed(accelerator, model)
+    engines.before_deepspeed(accelerator, torch.nn.Linear(9, 9))
+    assert plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] == model.weight.numel()

@@ -137,9 +137,9 @@ def of_training(recipe: Recipe, corpus: Corpus) -> Plan | None:
     """
     import torch
 
-    from scalepeft import model, prediction, workload
+    from scalepeft import prediction, workload
 
-    if model.device().type == "cpu" or not speaks():
+    if not (_on_accelerator() and speaks()):
         return None
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     device = Device(name="this device", memory=memory, flops=None) if memory else None
@@ -153,6 +153,12 @@ def of_training(recipe: Recipe, corpus: Corpus) -> Plan | None:
         return None
     found = prediction.predict(drawn, layout)
     return Plan(recipe=recipe, layout=layout, device=device, rows=rows, found=found, accelerator=True)
+
+
+def _on_accelerator() -> bool:
+    from scalepeft import model
+
+    return model.device().type != "cpu"
 
 
 _FAILS = (RuntimeError, NotImplementedError, AssertionError, TypeError, AttributeError, ValueError, KeyError, OSError)

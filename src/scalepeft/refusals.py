@@ -36,6 +36,8 @@ def _explained(recipe: Recipe, key: str, error: Exception) -> tuple[str, str]:
         return key, told
     if "is not a local folder and is not a valid model identifier" in text or text.startswith("Repo id must"):
         return key, f"{name!r} is neither a folder here nor an id of the Hub that this token may read"
+    if "trust_remote_code" in text and "custom code" in text:
+        return key, f"{name!r} brings code of its own; read it, and model.trust_remote_code: true lets it run"
     if ("Target modules" in text and "not found" in text) or "No modules were targeted" in text:
         return key, f"target_modules {adapter.get('target_modules')!r} match no module of {recipe.model.name_or_path}"
     if key == "model.name_or_path" and re.search("flash.?attention|attn_implementation", text, re.IGNORECASE):

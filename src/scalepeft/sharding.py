@@ -14,7 +14,8 @@ from scalepeft import launch, ranks
 from scalepeft.errors import UserError
 
 # DeepSpeed 0.19's defaults, in elements: the launch files leave them as they are
-_BUCKET = 500_000_000
+BUCKET = 500_000_000
+"""Where less is trained than that, engines.before_deepspeed makes it as large as what is trained."""
 _PREFETCH = 50_000_000
 _REUSED = 1_000_000_000
 _PERSISTENT = 100_000
@@ -201,8 +202,8 @@ def _zero(tensors: Sequence[Tensor], layout: Layout, optimizer: Optimizer, *, ha
     place = found.host if layout.optimizer_on_host else found.device
     _add(place, "master weights", 4 * part)
     _add(place, "optimizer states", optimizer.size([(part, 4)]))
-    # what gradients are collected in before they are reduced: of a fixed size, whatever is trained
-    bucket = _BUCKET * (4 if layout.stage == 1 else width)
+    # what gradients are collected in before they are reduced
+    bucket = min(BUCKET, trained) * (4 if layout.stage == 1 else width)
     if not divided:
         found.in_backward, found.frees_gradients = bucket, layout.stage == 2
         found.in_step = 2 * 4 * part

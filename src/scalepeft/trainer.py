@@ -103,6 +103,7 @@ class RecipeTraining(Resumable):
     def make_optimizer(self) -> None:
         """Make the optimizer, and a scheduler to try its options: what upstream refuses it refuses before the run is opened."""
         engines.before_fsdp(self.accelerator, self.model)
+        engines.before_deepspeed(self.accelerator, self.model)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # theirs come with the engine
             return
         self.create_optimizer()
