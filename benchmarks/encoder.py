@@ -66,7 +66,7 @@ def main() -> int:
     faster = "An encoder trains faster than the documented notebook's way"
     notes = [
         f"`ours` and `bare` compute in {dtype}, `notebook` in fp32; all three step after each batch of {BATCH} rows.",
-        "Random weights: what is measured is speed. That the fast recipe learns as the faithful one does is for a run with weights.",
+        "Random weights: what is measured is speed. Whether the fast recipe learns as the faithful one does, a run with weights says.",
     ]
     if not in_hardware:
         notes.append(
@@ -105,10 +105,8 @@ class Trained:
 
     def turn(self, steps: int) -> float:
         """Seconds of so many more steps."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         print(steps, file=self.process.stdin, flush=True)
-        for line in self.process.stdout:
+        for line in self.process.stdout or ():
             if line.startswith(MARK):
                 return float(line.removeprefix(MARK))
         raise SystemExit(f"{self.name} ended with status {self.process.wait()}")
@@ -223,7 +221,7 @@ def write(folder: Path) -> bool:
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed, which saving imports, warns of what it otherwise finds out
     shape(folder / "base")
     pairs(folder / "train.csv")
-    in_hardware = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    in_hardware = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001  # torch has no public word for it
     changes = {
         "extends": os.path.relpath(ROOT / "recipes" / "mnli_lora_fast.yaml", folder),
         "model": {"name_or_path": str(folder / "base")},

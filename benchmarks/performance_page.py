@@ -42,9 +42,9 @@ PROSE = """\
 <!-- Written by benchmarks/performance_page.py: run a script of benchmarks/, then `make performance`. -->
 # Performance
 
-A figure here is a ratio: the ways that are compared ran in turns, on one machine, with the same versions, and what is told is the
-median of the turns, with the lowest and the highest. Times alone would say more of the machine than of the program. Each section
-names the script that measured it, which anybody can run; `make bench` runs the short forms of all.
+A figure here is a ratio: the ways that are compared ran in turns, on one machine, with the same versions, and what is told is
+the median of the turns, with the lowest and the highest. Times alone would say more of the machine than of the program. Each
+section names the script that measured it, which anybody can run; `make bench` runs the short forms of all.
 
 {claims}
 
@@ -100,9 +100,13 @@ def of_merge(kept: Mapping[str, Any]) -> dict[str, Any]:
                 "claim": f"Merging takes the {what} of {against}"
                 if other == "bare"
                 else f"Merging takes less {what} than peft",
-                **{"ours": f"merge, {what}", "other": f"{other}, {what}"},
-                **{"median": of["found"], "lowest": min(each), "highest": max(each)},
-                **{"most": of["at_most"], "kept": of["holds"]},
+                "ours": f"merge, {what}",
+                "other": f"{other}, {what}",
+                "median": of["found"],
+                "lowest": min(each),
+                "highest": max(each),
+                "most": of["at_most"],
+                "kept": of["holds"],
             }
         )
     notes = [

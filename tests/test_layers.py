@@ -57,6 +57,7 @@ LAYERS = (
         "folding",
     ),
     (
+        "metrics",
         "tasks",
         "callbacks",
         "adalora",

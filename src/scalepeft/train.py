@@ -196,7 +196,8 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
         arguments: TrainingArguments = getattr(importlib.import_module(module), name)(**given)
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise recipe.error("training", one_line(error)) from error
-    available = get_available_reporting_integrations()
+    # it imports wandb where that is installed
+    available = get_available_reporting_integrations() if arguments.report_to else ()
     for name in arguments.report_to:
         if name not in available:
             raise recipe.error("training.report_to", f"{name!r} is not installed; there are {', '.join(available) or 'none'}")
