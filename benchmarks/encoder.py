@@ -66,7 +66,7 @@ def main() -> int:
     faster = "An encoder trains faster than the documented notebook's way"
     notes = [
         f"`ours` and `bare` compute in {dtype}, `notebook` in fp32; all three step after each batch of {BATCH} rows.",
-        "Random weights: what is measured is speed. Whether the fast recipe learns as the faithful one does, a run with weights says.",
+        "Random weights: what is measured is speed. How well the fast recipe learns is for a run with real ones to say.",
     ]
     if not in_hardware:
         notes.append(

@@ -34,7 +34,7 @@ TITLES = {
     "preparation": "Preparing rows",
     "evaluation": "Evaluation and prediction",
     "growth": "Growth",
-    "profile": "Where the time goes",
+    "step_profile": "Where the time goes",
 }
 """The order of the sections, by the names of the results; what is not named here follows."""
 

@@ -76,12 +76,18 @@ WHAT = (
     " weights, its rows prepared before; and the verbs that need no model."
 )
 NOTES = [
-    "Left out of the way to the first step: evaluate, with scipy.stats (until rows have been measured), wandb (unless"
-    " `report_to` names a tracker), DeepSpeed (unless the launcher asks for it).",
-    "Not ours to leave out: `import peft` imports bitsandbytes where that is installed, which at its import has torch.compile"
-    " load inductor; transformers' losses import scipy.optimize.",
-    "The verification is in a process of its own on purpose: the memory of the training is gone before the base is loaded"
-    " again, and nothing of it can leak into the answers.",
+    (
+        "Left out of the way to the first step: evaluate, with scipy.stats (until rows have been measured), wandb (unless"
+        " `report_to` names a tracker), DeepSpeed (unless the launcher asks for it)."
+    ),
+    (
+        "Not ours to leave out: `import peft` imports bitsandbytes where that is installed, which at its import lets"
+        " torch.compile load inductor; transformers' losses import scipy.optimize."
+    ),
+    (
+        "The verification is in a process of its own on purpose: the memory of the training is gone before the base is loaded"
+        " again, and nothing of it can leak into the answers."
+    ),
 ]
 
 
