@@ -179,6 +179,8 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
         "dataloader_pin_memory": not on_cpu,
         "hub_private_repo": True,  # of a tracker that keeps its pages on the Hub
         "label_names": ["labels"],
+        # it reads the loss of each micro-batch, for which an accelerator is waited for, and logs others in the place of a NaN
+        "logging_nan_inf_filter": False,
         "restore_callback_states_from_checkpoint": recipe.early_stopping is not None,
     }
     if recipe.streams:
