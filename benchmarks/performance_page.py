@@ -223,21 +223,22 @@ def bars(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     from matplotlib.figure import Figure
 
     drawn = [(name, ratio) for name, of in found.items() for ratio in of["ratios"]]
-    figure = Figure(figsize=(8, 0.36 * len(drawn) + 1.0), layout="constrained")
+    figure = Figure(figsize=(8, 0.42 * len(drawn) + 1.0), layout="constrained")
     axis = figure.subplots()
     for place, (_, ratio) in enumerate(drawn):
         colour = KEPT if ratio["kept"] else MISSED
-        axis.barh(place, ratio["median"] - 1, left=1, height=0.55, color=colour)
-        axis.plot((ratio["lowest"], ratio["highest"]), (place, place), color=GREY, linewidth=1.2)
+        axis.barh(place, ratio["median"] - 1, left=1, height=0.4, color=colour)
+        beneath, above = place + 0.31, place - 0.36
+        axis.plot((ratio["lowest"], ratio["highest"]), (beneath, beneath), color=GREY, linewidth=1.6)
         for key, mark in (("least", ">"), ("most", "<")):
             if key in ratio:
-                axis.plot(ratio[key], place, marker=mark, color=GREY, markersize=7, linestyle="none")
+                axis.plot(ratio[key], above, marker=mark, color=GREY, markersize=7, linestyle="none")
     axis.set_xscale("log")
     axis.set_yticks(range(len(drawn)), [f"{title(name)}: {r['ours']} / {r['other']}" for name, r in drawn], parse_math=False)
     axis.invert_yaxis()
     axis.axvline(1, color=GREY, linewidth=0.8)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_xlabel("ratio; > and < point from the target to where it is kept; orange: missed")
+    axis.set_xlabel("ratio and, beneath, its spread; the arrow points from the target to where it is kept; orange: missed")
     return figure
 
 
