@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import write_toy
 
 import scalepeft
 from scalepeft import recipe
@@ -57,6 +59,7 @@ LAYERS = (
         "folding",
     ),
     (
+        "metrics",
         "tasks",
         "callbacks",
         "adalora",
@@ -191,3 +194,30 @@ def test_help_needs_neither_argparse_nor_yaml():
 def test_every_verb_has_help_that_names_it():
     assert recipe.main.__doc__
     assert all(what and module.startswith("scalepeft.") and ":" in module for module, what in COMMANDS.values())
+
+
+FIRST_STEP = """
+import json, os, sys
+from scalepeft import kinds, recipe, train
+made = kinds.trainer
+def stopping(*given, **options):
+    from transformers import TrainerCallback
+    class Stopping(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            print("loaded:", json.dumps(sorted(sys.modules)), flush=True)
+            os._exit(0)
+    trainer = made(*given, **options)
+    trainer.add_callback(Stopping())
+    return trainer
+kinds.trainer = stopping
+train.train(recipe.load(sys.argv[1], ["training.eval_on_start=false"]))
+"""
+
+
+@pytest.mark.long
+def test_what_a_training_does_not_need_is_not_imported_before_its_first_step(tiny_model, tmp_path):
+    command = [sys.executable, "-c", FIRST_STEP, str(write_toy(tmp_path, tiny_model))]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("loaded: ")[2]
+    loaded = set(json.loads(told.splitlines()[0]))
+    assert {"torch", "peft", "scalepeft.trainer"} <= loaded
+    assert not loaded & {"evaluate", "scipy.stats", "sklearn", "matplotlib", "trl", "wandb", "tensorboard", "deepspeed"}

@@ -254,6 +254,12 @@ def test_grouping_by_length_pads_less_and_learns(toy, train, capsys):
     assert float(told.partition("padding")[2].partition("%")[0]) < 60
 
 
+def test_a_loss_that_is_nan_is_logged_as_that(toy, train):
+    changes = {"learning_rate": 1e30, "max_steps": 3, "eval_on_start": False, "eval_strategy": "no", "save_strategy": "no"}
+    run = train(toy(data={"evaluation": None}, training=changes), verify=False)
+    assert [math.isfinite(line["loss"]) for line in run.lines()] == [True, False, False]
+
+
 def test_activation_checkpointing_gives_the_same_numbers(toy, train):
     run = train(toy(training={"activation_checkpointing": True, "num_train_epochs": 1, "lr_scheduler_type": "constant"}))
     plain = train(toy("plain", training={"num_train_epochs": 1, "lr_scheduler_type": "constant"}))

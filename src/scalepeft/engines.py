@@ -43,6 +43,8 @@ def make_ready() -> None:
     one process. Raises UserError where the engine cannot run.
     """
     engine = asked()
+    # accelerate imports DeepSpeed wherever it is installed, to see whether a model is wrapped by it
+    vars(importlib.import_module("accelerate.utils.other"))["is_deepspeed_available"] = lambda: asked() == "DEEPSPEED"
     if engine == "FSDP" and (on_cpu() or not torch.accelerator.is_available()):
         told = "FSDP needs GPUs: on CPUs accelerate runs DDP in its place; zero3 divides the weights there, too"
         raise UserError(f"accelerate launch: {told}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import datasets
-import evaluate
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,6 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from scalepeft.labels import UNLABELLED
 from scalepeft.run import Run
+
+if TYPE_CHECKING:
+    import evaluate
 
 IGNORED = UNLABELLED
 """The label of a row that counts neither in the loss nor in a metric (torch's ignore_index)."""
@@ -58,7 +60,13 @@ class SequenceClassification:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, label_smoothing: float = 0.0) -> None:
         self.tokenizer, self.labels, self.label_smoothing = tokenizer, list(labels), label_smoothing
-        self.metric: evaluate.Metric = Classification()
+
+    @functools.cached_property
+    def metric(self) -> evaluate.Metric:
+        """What computes the figures; imported when rows have been measured, for that takes seconds."""
+        from scalepeft.metrics import Classification
+
+        return Classification()
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows of token ids as tensors (rows x longest row), padded with the tokenizer's own padding token."""
@@ -140,9 +148,12 @@ class SequenceRegression(SequenceClassification):
 
     figures = ("pearson", "spearman", "loss")
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, label_smoothing: float = 0.0) -> None:
-        super().__init__(tokenizer, labels, label_smoothing=label_smoothing)
-        self.metric = Correlation()
+    @functools.cached_property
+    def metric(self) -> evaluate.Metric:
+        """As that of classification."""
+        from scalepeft.metrics import Correlation
+
+        return Correlation()
 
     def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
         """Summed squared error over the rows of the whole global batch."""
@@ -174,55 +185,3 @@ class SequenceRegression(SequenceClassification):
     def answers(self, logits: torch.Tensor) -> list[list[str]]:
         """The predicted number of each row."""
         return [[f"{score:.6f}"] for score in logits.squeeze(-1).tolist()]
-
-
-class Correlation(evaluate.Metric):  # type: ignore[misc]
-    """Pearson's and Spearman's correlation as one `evaluate` metric that needs no script from the Hub."""
-
-    def __init__(self) -> None:
-        super().__init__(keep_in_memory=True)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Pearson's and Spearman's correlation (SciPy's definitions); 0 where the predictions are all the same.",
-            citation="",
-            inputs_description="predictions and references: numbers",
-            features=datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}),
-        )
-
-    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
-        from scipy.stats import pearsonr, spearmanr
-
-        if np.ptp(predictions) == 0 or np.ptp(references) == 0:
-            return {"pearson": 0.0, "spearman": 0.0}
-        return {
-            "pearson": float(pearsonr(predictions, references)[0]),
-            "spearman": float(spearmanr(predictions, references)[0]),
-        }
-
-
-class Classification(evaluate.Metric):  # type: ignore[misc]
-    """Accuracy, F1, precision and recall as one `evaluate` metric that needs no script from the Hub."""
-
-    def __init__(self) -> None:
-        super().__init__(keep_in_memory=True)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Accuracy, and F1, precision and recall as macro and weighted means (scikit-learn's definitions).",
-            citation="",
-            inputs_description="predictions and references: label numbers",
-            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
-        )
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        from sklearn.metrics import accuracy_score, matthews_corrcoef, precision_recall_fscore_support
-
-        figures = {
-            "accuracy": float(accuracy_score(references, predictions)),
-            "matthews_correlation": float(matthews_corrcoef(references, predictions)),
-        }
-        for average in ("macro", "weighted"):
-            means = precision_recall_fscore_support(references, predictions, average=average, zero_division=0)[:3]
-            figures |= {f"{name}_{average}": float(v) for name, v in zip(("precision", "recall", "f1"), means, strict=True)}
-        return figures

@@ -179,6 +179,8 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
         "dataloader_pin_memory": not on_cpu,
         "hub_private_repo": True,  # of a tracker that keeps its pages on the Hub
         "label_names": ["labels"],
+        # it reads the loss of each micro-batch, for which an accelerator is waited for, and logs others in the place of a NaN
+        "logging_nan_inf_filter": False,
         "restore_callback_states_from_checkpoint": recipe.early_stopping is not None,
     }
     if recipe.streams:
@@ -196,7 +198,8 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
         arguments: TrainingArguments = getattr(importlib.import_module(module), name)(**given)
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise recipe.error("training", one_line(error)) from error
-    available = get_available_reporting_integrations()
+    # it imports wandb where that is installed
+    available = get_available_reporting_integrations() if arguments.report_to else ()
     for name in arguments.report_to:
         if name not in available:
             raise recipe.error("training.report_to", f"{name!r} is not installed; there are {', '.join(available) or 'none'}")

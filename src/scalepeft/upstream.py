@@ -10,7 +10,7 @@ import ast
 import importlib.machinery
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -143,7 +143,7 @@ def _names(module: str) -> Mapping[str, tuple[str, ast.ClassDef | str | None]]:
     top, *rest = module.split(".")
     is_package = _package(top).joinpath(*rest).is_dir()
     found: dict[str, tuple[str, ast.ClassDef | str | None]] = {}
-    for node in ast.walk(_tree(module)):
+    for node in _statements(_tree(module).body):
         if isinstance(node, ast.ImportFrom):
             parents = module.split(".")
             base = parents[: len(parents) - node.level + is_package] if node.level else []
@@ -154,6 +154,18 @@ def _names(module: str) -> Mapping[str, tuple[str, ast.ClassDef | str | None]]:
         if isinstance(node, ast.ClassDef):
             found[node.name] = (module, node)
     return found
+
+
+def _statements(body: Sequence[ast.AST]) -> Iterator[ast.AST]:
+    """Those that run when a module is imported, within `if` and `try`, too; of functions and classes the heads alone.
+
+    One node in a hundred of upstream's modules: to walk all took an eighth of the time of `scalepeft check`.
+    """
+    for node in body:
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            for part in ("body", "orelse", "handlers", "finalbody"):
+                yield from _statements(getattr(node, part, ()))
 
 
 def _find(module: str, name: str) -> tuple[str, ast.ClassDef] | None:
