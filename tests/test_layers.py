@@ -15,8 +15,8 @@ from scalepeft import recipe
 from scalepeft.cli import COMMANDS
 
 LAYERS = (
-    ("errors", "upstream", "document", "console"),
-    ("adapter_rules", "stream_rules", "check", "recipe"),
+    ("errors", "upstream", "document", "console", "hardware"),
+    ("adapter_rules", "stream_rules", "frozen_rules", "check", "recipe"),
     (
         "stops",
         "assets",
@@ -29,7 +29,6 @@ LAYERS = (
         "schema",
         "beside",
         "cluster",
-        "hardware",
         "sharding",
     ),
     (
@@ -61,7 +60,9 @@ LAYERS = (
         "callbacks",
         "adalora",
         "resume",
+        "prefix",
         "trainer",
+        "frozen",
         "language",
         "kinds",
         "session",

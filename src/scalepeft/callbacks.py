@@ -106,11 +106,15 @@ class StopRequest(TrainerCallback):  # type: ignore[misc]
         self.stop, self.run, self.file = stop, run, StopFile(run)
         self.stopped = False
 
+    def asked(self, *, first: bool) -> bool:
+        """Whether this process was asked; the `first` one also looks for the file."""
+        return self.stop.requested or (first and self.file.there())
+
     def _asked(self, args: TrainingArguments) -> bool:
         if self.stopped:
             return True
         first = args.process_index == 0
-        asked = self.stop.requested or (first and self.file.there())
+        asked = self.asked(first=first)
         if args.world_size > 1:
             flag = torch.tensor(int(asked), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
