@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainingArguments
 
 from scalepeft import hardware, prefix, ranks
 from scalepeft.console import say
 from scalepeft.data import Corpus
 from scalepeft.errors import Interrupted
-from scalepeft.model import precision
+from scalepeft.model import Trained, precision
 from scalepeft.prefix import Prefix, States
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run, packages, write
@@ -65,17 +66,17 @@ class Frozen:
         shutil.rmtree(self.run.path / FOLDER, ignore_errors=True)
 
 
-def planned(recipe: Recipe, trainer: RecipeTraining, corpus: Corpus) -> Frozen | None:
+def planned(recipe: Recipe, model: Trained, args: TrainingArguments, run: Run, corpus: Corpus) -> Frozen | None:
     """What a recipe with cache_frozen_layers keeps, None without. Raises UserError where it cannot be, before it is computed.
 
     Kept are the training rows and, when they are evaluated while training, the evaluation sets.
     """
     if recipe.cache_frozen_layers is None:
         return None
-    found, run, args = prefix.find(recipe, trainer.model), trainer.run, trainer.args
+    found = prefix.find(recipe, model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision, found.dtype)
     kept = ["train", *(corpus.evaluation if args.eval_strategy != "no" else ())]
-    tokens = sum(int(trainer.lengths[name].sum(dtype=np.int64)) for name in kept)
+    tokens = sum(int(corpus.sets[name].lengths.sum(dtype=np.int64)) for name in kept)
     size = tokens * found.width * dtype.itemsize
     told = (
         f"the {tokens:,} tokens of {', '.join(kept)} take {hardware.shown(size)} ({found.width} x {dtype.itemsize} bytes each)"

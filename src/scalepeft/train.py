@@ -145,11 +145,11 @@ def _train(recipe: Recipe, run: Run, stop: stops.Stop, *, fresh: bool) -> Run:
         examples=functools.partial(_examples, arguments, corpus, task),
     )
     parameters = model.parameters(built)  # before DPOTrainer adds its copy of the adapter
+    kept = frozen.planned(recipe, built, arguments, run, corpus)
     with _refusals(recipe, run):
         trainer = kinds.trainer(recipe, model=built, args=arguments, task=task, run=run, corpus=corpus)
         engines.check(recipe, trainer.accelerator.distributed_type.value)
         trainer.make_optimizer()
-    kept = frozen.planned(recipe, trainer, corpus)
     with session(recipe, run, corpus, trainer, stop, fresh=fresh) as checkpoint:
         _record_start(recipe, run, corpus, trainer, parameters=parameters, seen=seen)
         if speaks():
