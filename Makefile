@@ -1,4 +1,5 @@
-# make setup | quickstart | test | test-all | test-cluster | lint | schema | recipes-table | layouts-table | bench. PYTHON chooses the interpreter of .venv.
+# make setup | quickstart | test | test-all | test-cluster | lint | schema | recipes-table | layouts-table | bench |
+# performance. PYTHON chooses the interpreter of .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ READY := .venv/.ready-$(shell sed '/^\[tool/,$$d' pyproject.toml | cat - constra
 SLURM := slurmctld slurmd slurm-client munge iproute2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install quickstart test test-all test-long test-cluster lint schema recipes-table layouts-table bench
+.PHONY: help setup install quickstart test test-all test-long test-cluster lint schema recipes-table layouts-table bench performance
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,5 +63,10 @@ recipes-table: setup  ## write recipes/README.md anew
 layouts-table: setup  ## run the layout contract and write docs/layouts.md anew
 	$(BIN)/python benchmarks/layouts_table.py
 
-bench: setup  ## measure what is claimed about speed
-	$(BIN)/python benchmarks/startup.py
+bench: setup  ## measure what is claimed about speed, by the short form of each script that has one
+	@missed=; for script in $$(grep -l '"--short"' benchmarks/*.py); do \
+		echo "== $$script"; $(BIN)/python $$script --short || missed="$$missed $$script"; done; \
+	if [ -n "$$missed" ]; then echo "missed, or failed:$$missed" >&2; exit 1; fi
+
+performance: setup  ## write docs/performance.md anew, from benchmarks/results
+	$(BIN)/python benchmarks/performance_page.py

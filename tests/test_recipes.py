@@ -24,6 +24,7 @@ ROBERTA = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_voca
 DOCUMENTED = {
     "mnli_lora": (UNCASED, 3, 986_115, 67_941_894),
     "mnli_lora_early_stopping": (UNCASED, 3, 986_115, 67_941_894),
+    "mnli_lora_fast": (UNCASED, 3, 986_115, 67_941_894),
     "imdb_lora_attention": (CASED, 2, 2_951_426, 68_734_468),
     "imdb_lora_attention_ffn": (CASED, 2, 5_900_546, 71_683_588),
     "imdb_lora_r32": (CASED, 2, 1_771_778, 67_554_820),
@@ -87,6 +88,7 @@ ELSEWHERE = {"quickstart", "quickstart_sft", "glue/mrpc", "glue/rte", "glue/stsb
 
 STEPS = {
     "mnli_lora": (50_000, 75_000),
+    "mnli_lora_fast": (50_000, 75_000),
     "imdb_lora_attention": (128, 80),
     "imdb_ia3": (128, 80),
     "ag_news_lora": ((120_000 - 640) * (1 + 3), 29_840),  # the original rows and three copies of each, all kept
