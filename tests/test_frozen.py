@@ -54,7 +54,8 @@ def test_a_run_goes_on_to_the_bit_with_its_states_or_without(toy, monkeypatch):
 
 
 def test_a_stop_is_heeded_while_the_layers_run(toy, train, monkeypatch):
-    recipe, states = toy(**KEPT, training={"num_train_epochs": 1}), prefix.Prefix.states
+    training = {"num_train_epochs": 1, "eval_strategy": "no", "dataloader_num_workers": 1}
+    recipe, states = toy(**KEPT, training=training), prefix.Prefix.states
     with monkeypatch.context() as patch:
         patch.setattr(prefix.Prefix, "states", lambda *given: os.kill(os.getpid(), signal.SIGTERM) or states(*given))
         with pytest.raises(Interrupted, match="stopped while its frozen layers were run; the same command goes on"):

@@ -69,13 +69,13 @@ class Frozen:
 def planned(recipe: Recipe, model: Trained, args: TrainingArguments, run: Run, corpus: Corpus) -> Frozen | None:
     """What a recipe with cache_frozen_layers keeps, None without. Raises UserError where it cannot be, before it is computed.
 
-    Kept are the training rows and, when they are evaluated while training, the evaluation sets.
+    Kept are the training rows and, when they are evaluated before the end, the evaluation sets.
     """
     if recipe.cache_frozen_layers is None:
         return None
     found = prefix.find(recipe, model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision, found.dtype)
-    kept = ["train", *(corpus.evaluation if args.eval_strategy != "no" else ())]
+    kept = ["train", *(corpus.evaluation if args.eval_strategy != "no" or args.eval_on_start else ())]
     tokens = sum(int(corpus.sets[name].lengths.sum(dtype=np.int64)) for name in kept)
     size = tokens * found.width * dtype.itemsize
     told = (

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,28 +81,33 @@ class Prefix:
             states: torch.Tensor = given.bind(*args, **options).arguments["inputs_embeds"]
             return states.to(self.dtype)
 
-        embeddings.forward = embed
-        try:
-            with _passing(self.layers[: self.count]):
-                yield
-        finally:
-            del embeddings.forward
+        with _calling(embed, [embeddings]), _passing(self.layers[: self.count]):
+            yield
 
 
-@contextlib.contextmanager
-def _passing(layers: Sequence[torch.nn.Module]) -> Iterator[None]:
+def _passing(layers: Sequence[torch.nn.Module]) -> contextlib.AbstractContextManager[None]:
     """Let layers give on what they are given."""
 
     def as_it_is(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
 
-    for layer in layers:
-        layer.forward = as_it_is
+    return _calling(as_it_is, layers)
+
+
+@contextlib.contextmanager
+def _calling(forward: Callable[..., torch.Tensor], modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Let modules compute something else."""
+    before = [vars(module).get("forward") for module in modules]  # accelerate's hooks stand there
+    for module in modules:
+        module.forward = forward
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for module, own in zip(modules, before, strict=True):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
 
 def find(recipe: Recipe, model: Trained) -> Prefix:
