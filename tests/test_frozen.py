@@ -80,7 +80,7 @@ def test_two_processes_share_the_states_of_both(tmp_path, tiny_model):
 ENCODERS = {
     "bert": ({}, ["query", "value"]),
     "distilbert": ({"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64, "dropout": 0.5}, ["q_lin", "v_lin"]),
-    "roberta": ({}, ["query", "value"]),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), ({}, ["query", "value"])),
 }
 SMALL = {
     "vocab_size": 50,
@@ -145,6 +145,7 @@ REFUSED = {
     "noise": ({"training": {"neftune_noise_alpha": 5}}, "training.neftune_noise_alpha: adds noise to embeddings"),
     "adapter": ({"adapter": None}, "without an adapter no layer is frozen"),
     "prompt": ({"adapter": {"peft_type": "P_TUNING", "num_virtual_tokens": 4}}, "P_TUNING puts its virtual tokens before"),
+    "shadow": ({"adapter": {"peft_type": "SHADOW", "auxiliary_loss_weight": 0}}, "SHADOW looks at the token ids"),
     "checkpointing": (
         {"training": {"activation_checkpointing_kwargs": {"use_reentrant": True}}},
         "use_reentrant: would give the first trained layer no gradient",

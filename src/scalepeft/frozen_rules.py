@@ -42,7 +42,9 @@ def problems(document: Document, values: Mapping[str, Any]) -> Iterator[str]:
             yield f"{document.where(('training', option))}: training.{option}.use_reentrant: {told} ({name})"
     if values.get("adapter") is None:
         yield f"{where}: without an adapter no layer is frozen; give one that names the last layers, or leave this out"
-    kind = upstream.peft_types().get(str(adapter.get("peft_type")))
-    if kind and "num_virtual_tokens" in upstream.fields(kind):
-        told = f"{adapter['peft_type']} puts its virtual tokens before the first layer, and none is frozen"
-        yield f"{document.where(('adapter', 'peft_type'))}: adapter.peft_type: {told} ({name})"
+    kind = str(adapter.get("peft_type"))
+    reference = upstream.peft_types().get(kind)
+    virtual = reference is not None and "num_virtual_tokens" in upstream.fields(reference)
+    if virtual or kind == "SHADOW":
+        told = "puts its virtual tokens before the first layer, and none is frozen" if virtual else "looks at the token ids"
+        yield f"{document.where(('adapter', 'peft_type'))}: adapter.peft_type: {kind} {told} ({name})"
