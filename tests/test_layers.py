@@ -17,8 +17,8 @@ from scalepeft import recipe
 from scalepeft.cli import COMMANDS
 
 LAYERS = (
-    ("errors", "upstream", "document", "console"),
-    ("adapter_rules", "stream_rules", "check", "recipe"),
+    ("errors", "upstream", "document", "console", "hardware"),
+    ("adapter_rules", "stream_rules", "frozen_rules", "check", "recipe"),
     (
         "stops",
         "assets",
@@ -31,7 +31,6 @@ LAYERS = (
         "schema",
         "beside",
         "cluster",
-        "hardware",
         "sharding",
     ),
     (
@@ -64,7 +63,9 @@ LAYERS = (
         "callbacks",
         "adalora",
         "resume",
+        "prefix",
         "trainer",
+        "frozen",
         "language",
         "kinds",
         "session",

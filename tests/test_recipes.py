@@ -25,6 +25,7 @@ DOCUMENTED = {
     "mnli_lora": (UNCASED, 3, 986_115, 67_941_894),
     "mnli_lora_early_stopping": (UNCASED, 3, 986_115, 67_941_894),
     "mnli_lora_fast": (UNCASED, 3, 986_115, 67_941_894),
+    "mnli_lora_cached": (UNCASED, 3, 986_115, 67_941_894),
     "imdb_lora_attention": (CASED, 2, 2_951_426, 68_734_468),
     "imdb_lora_attention_ffn": (CASED, 2, 5_900_546, 71_683_588),
     "imdb_lora_r32": (CASED, 2, 1_771_778, 67_554_820),

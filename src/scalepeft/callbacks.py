@@ -106,12 +106,16 @@ class StopRequest(TrainerCallback):  # type: ignore[misc]
         self.stop, self.run, self.file = stop, run, StopFile(run)
         self.stopped = self.by_file = False
 
+    def asked(self, *, first: bool) -> bool:
+        """Whether this process was asked; the `first` one also looks for the file."""
+        self.by_file = self.by_file or (first and self.file.there())
+        return self.stop.requested or self.by_file
+
     def _asked(self, args: TrainingArguments) -> bool:
         if self.stopped:
             return True
         first = args.process_index == 0
-        self.by_file = first and self.file.there()
-        asked = self.stop.requested or self.by_file
+        asked = self.asked(first=first)
         if args.world_size > 1:
             flag = torch.tensor(int(asked), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from scalepeft import adapter_rules, stream_rules, upstream
+from scalepeft import adapter_rules, frozen_rules, stream_rules, upstream
 from scalepeft.document import Document, Key, mapping
 from scalepeft.errors import did_you_mean
 from scalepeft.upstream import Field, Type
@@ -222,6 +222,7 @@ def _across(document: Document, values: Mapping[str, Any], *, complete: bool) ->
     yield from _batch(document, values, training)
     yield from _data(document, data)
     yield from stream_rules.problems(document, values)
+    yield from frozen_rules.problems(document, values)
     yield from _task(document, values.get("task"), data)
     yield from _preference(document, values)
     yield from adapter_rules.problems(document, values, complete=complete)

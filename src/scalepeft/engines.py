@@ -151,6 +151,8 @@ def refuse(recipe: Recipe, args: TrainingArguments) -> None:
     name, offloads = found["engine"], found["offloads"]
     if name not in DIVIDE:
         return
+    if recipe.cache_frozen_layers is not None:
+        raise recipe.error("cache_frozen_layers", f"is not served under {name}; use --launch multi_gpu, or leave it out")
     adapter = recipe.adapter or {}
     kind = adapter.get("peft_type")
     if kind in ("ADALORA", "ADAMSS"):

@@ -71,12 +71,12 @@ def of_memory(text: str) -> Device:
     return Device(name=text, memory=size(text), flops=None)
 
 
-def size(text: str) -> int:
-    """The bytes of `80GiB`, `24 GB` and the like. Raises UserError for what is no size above 0."""
+def size(text: str, *, where: str = "command line: --memory") -> int:
+    """The bytes of `80GiB`, `24 GB` and the like. Raises UserError for what is no size above 0, with where it stands."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)\s*", text, re.IGNORECASE)
     number = int(float(found[1]) * _UNITS[found[2].lower()]) if found else 0
     if number <= 0:
-        raise UserError(f"command line: --memory {text!r}: is no size; it takes one like 80GiB or 24GB")
+        raise UserError(f"{where} {text!r}: is no size; it takes one like 80GiB or 24GB")
     return number
 
 

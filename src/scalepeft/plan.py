@@ -125,6 +125,8 @@ def _beside(found: Plan) -> dict[str, int]:
         beside["host, merging: the largest tensors (estimate)"] = int(4 * prediction.largest + IMPORTS)
         beside["disk, merged model"] = prediction.unquantised
     beside[f"disk, {kept} checkpoint{'s' if kept > 1 else ''}"] = kept * (prediction.saved + states)
+    if found.recipe.cache_frozen_layers is not None:
+        beside["disk, states of the frozen layers (at most)"] = hardware.size(found.recipe.cache_frozen_layers)
     return beside
 
 

@@ -103,6 +103,8 @@ def sketch(
     large = workload.mask(recipe, lengths)
     if workload.without_mask(recipe, lengths) is not lengths and not str(recipe.model.attn_implementation).startswith("flash"):
         notes.append(f"attention without its mask, which here would be one of {large:,} elements: flash attention needs none")
+    if recipe.cache_frozen_layers is not None:
+        notes.append("planned with all layers in each step: with cache_frozen_layers memory, work and time are less")
     plain = [t.numel() * t.element_size() for t in drawn.model.parameters()]
     plain += [m.count * m.dtype.itemsize for m in drawn.model.modules() if isinstance(m, Quantised)]
     return Sketch(

@@ -171,6 +171,9 @@ class Recipe:
     """Options of transformers' EarlyStoppingCallback; absent: no early stopping."""
     global_batch_size: int | None = None
     """Rows per optimizer step over all processes; gradient accumulation is derived from it."""
+    cache_frozen_layers: str | None = None
+    """Classification with an adapter on the last layers: run the layers before them once for each row, without their dropout,
+    and keep what they give on disk while training, at most so much of it (20GB); absent: run them in each step."""
 
     document: Document
     """The file it was read from."""

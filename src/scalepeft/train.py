@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from scalepeft.data import Corpus
+    from scalepeft.frozen import Frozen
     from scalepeft.tasks import Task
     from scalepeft.trainer import RecipeTraining
 
@@ -116,7 +117,7 @@ def _train(recipe: Recipe, run: Run, stop: stops.Stop, *, fresh: bool) -> Run:
 
     from transformers import set_seed
 
-    from scalepeft import data, engines, kinds, model, panel
+    from scalepeft import data, engines, frozen, kinds, model
     from scalepeft.session import session
 
     engines.make_ready()
@@ -144,6 +145,7 @@ def _train(recipe: Recipe, run: Run, stop: stops.Stop, *, fresh: bool) -> Run:
         examples=functools.partial(_examples, arguments, corpus, task),
     )
     parameters = model.parameters(built)  # before DPOTrainer adds its copy of the adapter
+    kept = frozen.planned(recipe, built, arguments, run, corpus)
     with _refusals(recipe, run):
         trainer = kinds.trainer(recipe, model=built, args=arguments, task=task, run=run, corpus=corpus)
         engines.check(recipe, trainer.accelerator.distributed_type.value)
@@ -151,19 +153,19 @@ def _train(recipe: Recipe, run: Run, stop: stops.Stop, *, fresh: bool) -> Run:
     with session(recipe, run, corpus, trainer, stop, fresh=fresh) as checkpoint:
         _record_start(recipe, run, corpus, trainer, parameters=parameters, seen=seen)
         if speaks():
-            say(panel.start(recipe, run, corpus, trainer, new))
-        if planned is not None:
-            say(f"  plan     {forecast.verdict(planned)}")
-            run.update(prediction={"peak_bytes": planned.found.peak, "needed_bytes": planned.needed[1]})
+            _tell(recipe, run, corpus, trainer, new=new, kept=kept, planned=planned)
         started = time.monotonic()
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except Interrupted:
-            _record_training(run, corpus, trainer, time.monotonic() - started)
-            raise
+        with frozen.in_place(kept, trainer):
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except Interrupted:
+                _record_training(run, corpus, trainer, time.monotonic() - started)
+                raise
         _record_training(run, corpus, trainer, time.monotonic() - started)
         _record_evaluation(run, trainer)
         _save(recipe, run, corpus, trainer)
+        if kept is not None and speaks():
+            kept.forget()
     trainer.accelerator.end_training()
     return run
 
@@ -311,6 +313,27 @@ def _record_start(
         revisions = {**corpus.revisions, **_revision(recipe)}
         data = run.record["data"] | {"preparation": _preparation(seen)}
         run.update(layout=layout, parameters=parameters, max_steps=total_steps(args, batches), revisions=revisions, data=data)
+
+
+def _tell(
+    recipe: Recipe,
+    run: Run,
+    corpus: Corpus,
+    trainer: RecipeTraining,
+    *,
+    new: Sequence[str],
+    kept: Frozen | None,
+    planned: forecast.Plan | None,
+) -> None:
+    """Show what is about to be trained, and record what is expected of it."""
+    from scalepeft import panel
+
+    say(panel.start(recipe, run, corpus, trainer, new))
+    if kept is not None:
+        say(f"  frozen   {kept.told()}")
+    if planned is not None:
+        say(f"  plan     {forecast.verdict(planned)}")
+        run.update(prediction={"peak_bytes": planned.found.peak, "needed_bytes": planned.needed[1]})
 
 
 def _preparation(seen: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

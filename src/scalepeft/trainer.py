@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, ProgressCallback, TrainingArguments
 
-from scalepeft import adapters, engines, stops
+from scalepeft import adapters, engines, prefix, stops
 from scalepeft.adalora import RankAllocation, allocates_ranks, orthogonality
 from scalepeft.callbacks import SPEED, Progress
 from scalepeft.data import Corpus
@@ -78,7 +78,7 @@ class RecipeTraining(Resumable):
 
     Among the bases of a class it stands before the upstream trainer that it changes; the class calls `adopt` once that is made.
     `evaluations` holds, by step and set, the metrics and their details; `saved`, after training and on the process that
-    writes, the weights as they were saved.
+    writes, the weights as they were saved. `states` holds, while they stand in for rows, those of the frozen layers.
     """
 
     def adopt(self, recipe: Recipe, task: Task, run: Run, corpus: Corpus) -> None:
@@ -97,6 +97,7 @@ class RecipeTraining(Resumable):
         self.eval_dataset: dict[str, Rows] = {name: Rows(rows) for name, rows in evaluation.items()}
         self.lengths = {name: prepared.lengths for name, prepared in corpus.sets.items()}
         self.evaluations: dict[int, dict[str, dict[str, Any]]] = {}
+        self.states: Mapping[str, prefix.States] = {}
         self.saved = {}
         self._details: dict[str, Any] = {}
 
@@ -110,6 +111,10 @@ class RecipeTraining(Resumable):
         self.create_scheduler(num_training_steps=100, optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0))
         self.lr_scheduler, self._created_lr_scheduler = None, False
 
+    def rows(self, name: str) -> Rows:
+        """The rows of a set."""
+        return self.train_dataset if name == "train" else self.eval_dataset[name]
+
     def step_batches(self) -> StepBatches:
         """The micro-batches of this process in training."""
         return step_batches(self.args, self.lengths["train"])
@@ -119,6 +124,8 @@ class RecipeTraining(Resumable):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches of this process, in the project's own order."""
+        if "train" in self.states:
+            return self._loader(self.states["train"], self.step_batches(), prefix.collate)
         return self._loader(self.train_dataset, self.step_batches(), self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
@@ -133,6 +140,8 @@ class RecipeTraining(Resumable):
             strategy="longest_first",
             fill=self.args.world_size > 1,
         )
+        if eval_dataset in self.states:
+            return self._loader(self.states[eval_dataset], batches, prefix.collate)
         return self._loader(self.eval_dataset[eval_dataset], batches, self.task.collate)
 
     def _loader(self, rows: Dataset[Any], batches: StepBatches, collate: Any) -> DataLoader[Any]:
