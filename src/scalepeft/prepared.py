@@ -400,18 +400,20 @@ class Preparation:
                 columns, problems = encoding.result()
                 bad += [(_place(part, row), p) for row, p in zip(good["row"], problems, strict=True) if p is not None]
                 failed = bool(bad and not self.drop)
-                good = kept(good, problems)
-                columns["row"] = good["row"]
+                left = kept(good, problems)
+                columns["row"] = left["row"]
                 if augmenter:
-                    columns["origin"] = list(range(originals, originals + len(good["row"])))
-                    originals += len(good["row"])
+                    columns["origin"] = list(range(originals, originals + len(left["row"])))
+                    originals += len(left["row"])
                 yield columns, bad
-                if augmenter and (copies := _copies({**good, "origin": columns["origin"]}, augmenter))["row"]:
+                if augmenter and (copies := _copies({**left, "origin": columns["origin"]}, augmenter))["row"]:
                     columns, problems = worker.submit(self.encoder.encode, copies, part).result()
                     yield {**columns, **{name: kept(copies, problems)[name] for name in ("row", "origin")}}, []
 
     @staticmethod
-    def _checked(chosen: Sequence[Chosen], labels: Labels) -> Iterator[tuple[Chosen, dict[str, list[Any]], list[tuple[str, Bad]]]]:
+    def _checked(
+        chosen: Sequence[Chosen], labels: Labels
+    ) -> Iterator[tuple[Chosen, dict[str, list[Any]], list[tuple[str, Bad]]]]:
         """Batches of rows that may be tokenised, each with those that cannot be used."""
         for part in chosen:
             numbers = labels.numbers(part.labels(), part.part.opened, part.part.wanted)

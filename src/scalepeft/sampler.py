@@ -44,6 +44,16 @@ def epoch_order(lengths: NDArray[np.integer], *, seed: int, epoch: int, strategy
     return np.concatenate([blocks[i] for i in generator.permutation(len(blocks))]) if blocks else order
 
 
+def token_batches(lengths: NDArray[np.integer], *, tokens: int) -> Iterator[NDArray[np.int64]]:
+    """All rows, longest first, in batches of at most so many tokens with their padding, or of the one row that has more."""
+    order = epoch_order(lengths, seed=0, epoch=0, strategy="longest_first")
+    start = 0
+    while start < len(order):
+        rows = max(1, tokens // max(1, int(lengths[order[start]])))
+        yield order[start : start + rows]
+        start += rows
+
+
 class StepBatches:
     """The micro-batches of one process: a batch sampler over lists of row numbers.
 

@@ -19,6 +19,10 @@ IGNORED = UNLABELLED
 """The label of a row that counts neither in the loss nor in a metric (torch's ignore_index)."""
 
 
+MATRIX_CLASSES = 200
+"""Classes of the largest confusion matrix that is recorded: its numbers grow with their square."""
+
+
 class Task(Protocol):
     """What trainers, evaluation and prediction ask of a task."""
 
@@ -121,18 +125,19 @@ class SequenceClassification:
         ]
 
     def details(self, reduced: NDArray[np.floating], references: NDArray[np.integer]) -> dict[str, Any]:
-        """The per-class table and the confusion matrix (rows: truth, columns: prediction)."""
-        from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
-        counted = references != IGNORED
-        truth, predicted = references[counted], reduced[counted, 0].astype(np.int64)
-        classes = list(range(len(self.labels)))
-        table = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0)
+        """The per-class table and, of at most MATRIX_CLASSES, the confusion matrix (rows: truth, columns: prediction)."""
+        counted, classes = references != IGNORED, len(self.labels)
+        truth, predicted = references[counted].astype(np.int64), reduced[counted, 0].astype(np.int64)
+        counts = Counts(truth, predicted, classes)
+        columns = (counts.precision.tolist(), counts.recall.tolist(), counts.f1.tolist(), counts.truth.tolist())
         per_class = {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
-            for name, p, r, f, n in zip(self.labels, *table, strict=True)
+            name: {"precision": p, "recall": r, "f1": f, "rows": n}
+            for name, p, r, f, n in zip(self.labels, *columns, strict=True)
         }
-        return {"per_class": per_class, "confusion": confusion_matrix(truth, predicted, labels=classes).tolist()}
+        if classes > MATRIX_CLASSES:
+            return {"per_class": per_class}
+        matrix = np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, classes)
+        return {"per_class": per_class, "confusion": matrix.tolist()}
 
 
 class SequenceRegression(SequenceClassification):
@@ -176,6 +181,53 @@ class SequenceRegression(SequenceClassification):
         return [[f"{score:.6f}"] for score in logits.squeeze(-1).tolist()]
 
 
+class Counts:
+    """How often each class is true, is predicted, and both: all that the figures of a classification are made of.
+
+    scikit-learn's definitions. Its own functions make a matrix of classes x classes: 800 MB for 10,000 classes.
+    """
+
+    def __init__(self, truth: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> None:
+        self.truth = np.bincount(truth, minlength=classes)
+        self.predicted = np.bincount(predicted, minlength=classes)
+        self.right = np.bincount(truth[truth == predicted], minlength=classes)
+
+    @property
+    def precision(self) -> NDArray[np.float64]:
+        """Of each class; 0 where it is never predicted."""
+        return self._over(self.right, self.predicted)
+
+    @property
+    def recall(self) -> NDArray[np.float64]:
+        """Of each class; 0 where it is never true."""
+        return self._over(self.right, self.truth)
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        """Of each class; 0 where it neither occurs nor is predicted."""
+        return self._over(2 * self.right, self.truth + self.predicted)
+
+    def figures(self) -> dict[str, float]:
+        """Accuracy, Matthews' correlation, and the means over the classes that occur and over the rows."""
+        occurs = self.truth + self.predicted > 0
+        rows, right = int(self.truth.sum()), int(self.right.sum())
+        found = {"accuracy": right / rows, "matthews_correlation": self._matthews(rows, right)}
+        for average, weights in (("macro", None), ("weighted", self.truth[occurs])):
+            for name in ("precision", "recall", "f1"):
+                found[f"{name}_{average}"] = float(np.average(getattr(self, name)[occurs], weights=weights))
+        return found
+
+    def _matthews(self, rows: int, right: int) -> float:
+        """Gorodkin's correlation of several classes; 0 where truth or prediction has one class only."""
+        truth, predicted = self.truth.astype(np.float64), self.predicted.astype(np.float64)
+        variances = (rows**2 - truth @ truth) * (rows**2 - predicted @ predicted)
+        return float((right * rows - truth @ predicted) / np.sqrt(variances)) if variances else 0.0
+
+    @staticmethod
+    def _over(counts: NDArray[np.int64], of: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.divide(counts, of, out=np.zeros(len(of)), where=of > 0)
+
+
 class Correlation(evaluate.Metric):  # type: ignore[misc]
     """Pearson's and Spearman's correlation as one `evaluate` metric that needs no script from the Hub."""
 
@@ -216,13 +268,5 @@ class Classification(evaluate.Metric):  # type: ignore[misc]
         )
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        from sklearn.metrics import accuracy_score, matthews_corrcoef, precision_recall_fscore_support
-
-        figures = {
-            "accuracy": float(accuracy_score(references, predictions)),
-            "matthews_correlation": float(matthews_corrcoef(references, predictions)),
-        }
-        for average in ("macro", "weighted"):
-            means = precision_recall_fscore_support(references, predictions, average=average, zero_division=0)[:3]
-            figures |= {f"{name}_{average}": float(v) for name, v in zip(("precision", "recall", "f1"), means, strict=True)}
-        return figures
+        truth, predicted = np.asarray(references, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
+        return Counts(truth, predicted, int(max(truth.max(), predicted.max())) + 1).figures()
