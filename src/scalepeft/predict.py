@@ -177,7 +177,7 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any
     trained, found = model.load(run, folded=recipe.task != "preference"), {}  # rewards are measured from the base
     task.ready(trained, run)
     for name, prepared in corpus.evaluation.items():
-        rows = _Computing(recipe, task, prepared)(np.arange(len(prepared.rows)), partial(task.measure, trained))
+        rows = Computing(recipe, task, prepared)(np.arange(len(prepared.rows)), partial(task.measure, trained))
         references = np.empty(0) if recipe.generative else prepared.labels
         found[name] = task.metrics(rows, references) | task.details(rows, references)
     return found
@@ -208,23 +208,26 @@ def predict(run: Run, file: Path, output: Path) -> int:
         found: torch.Tensor = trained(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
         return found
 
+    def lines() -> Iterator[list[Any]]:
+        """The file's rows, so many computed at a time."""
+        numbers, computing = prepared.rows["row"][:], Computing(recipe, task, prepared)
+        step = max(1, _HELD // len(task.columns))
+        for start in range(0, len(numbers), step):
+            places = np.arange(start, min(start + step, len(numbers)))
+            answers = task.answers(torch.from_numpy(computing(places, logits)))
+            yield from ([numbers[place], *answer] for place, answer in zip(places, answers, strict=True))
+
     beside = output.with_name(f"{output.name}.part")
     try:
         with beside.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(["row", *task.columns])
-            numbers, computing, step = (
-                prepared.rows["row"][:],
-                _Computing(recipe, task, prepared),
-                _HELD // len(task.columns) + 1,
-            )
-            for start in range(0, len(numbers), step):
-                places = np.arange(start, min(start + step, len(numbers)))
-                found = task.answers(torch.from_numpy(computing(places, logits)))
-                writer.writerows([numbers[place], *answer] for place, answer in zip(places, found, strict=True))
+            writer.writerows(lines())
         beside.replace(output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+    finally:
+        beside.unlink(missing_ok=True)  # where it has not become the output
     return len(prepared.rows)
 
 
@@ -237,7 +240,7 @@ _TOKENS_OF_ACCELERATORS = 16_384
 each row on two cores (MiniLM, by 10 % at 2,048 and by 40 % at 4,096); on an accelerator not measured."""
 
 
-class _Computing:
+class Computing:
     """A model at work on prepared rows, under the recipe's precision: the longest rows first, among others of their length."""
 
     def __init__(self, recipe: Recipe, task: Task, prepared: Prepared) -> None:
@@ -258,7 +261,7 @@ class _Computing:
         device = model.device()
         found: NDArray[np.float32] | None = None
         with torch.inference_mode(), model.precision(self.recipe):
-            for batch in self._batches(self.lengths[places], device.type):
+            for batch in self.batches(self.lengths[places], device.type):
                 inputs = self.task.collate(self.rows.__getitems__(places[batch].tolist()))
                 numbers = compute({name: tensor.to(device) for name, tensor in inputs.items()}).float().cpu().numpy()
                 if found is None:
@@ -267,7 +270,7 @@ class _Computing:
         assert found is not None  # noqa: S101  # prepared rows are never none
         return found
 
-    def _batches(self, lengths: NDArray[np.int64], device: str) -> Iterator[NDArray[np.int64]]:
+    def batches(self, lengths: NDArray[np.int64], device: str) -> Iterator[NDArray[np.int64]]:
         """Numbers of rows: as many as the recipe says, or those of so many tokens."""
         import numpy as np
 
