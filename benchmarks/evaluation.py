@@ -32,7 +32,7 @@ from scalepeft import fetch
 from scalepeft.run import Run
 
 ROWS, SHORT = 1_000, 128
-MEMORY_ROWS, MEMORY_CLASSES = (1_000, 4_000, 16_000), 1_000
+MEMORY_ROWS, MEMORY_CLASSES = (2_000, 8_000, 32_000), 1_000
 BYTES_A_ROW = 1_000
 """The most that evaluation may hold of a row: labels, lengths and two or three numbers, in Python's and numpy's forms."""
 
@@ -180,7 +180,7 @@ def memory(folder: Path) -> int:
     curves: dict[str, list[list[float]]] = {"scalepeft": [], "Trainer.predict": []}
     for rows in MEMORY_ROWS:
         for name, way in (("scalepeft", _ours), ("Trainer.predict", _theirs)):
-            peak = in_a_process(partial(way, model, tokenizer, folder), rows)
+            peak = in_a_process(partial(way, model, tokenizer, folder), _rows(rows), before=_rows(64))
             curves[name].append([rows, peak / 2**20])
             print(f"{name}, {rows:,} rows of {MEMORY_CLASSES:,} classes: {peak / 2**20:.1f} MiB", flush=True)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -245,11 +245,11 @@ def _theirs(model: Any, tokenizer: Any, folder: Path, rows: Any) -> None:
     )
 
 
-def in_a_process(way: Callable[[Any], None], rows: int) -> int:
-    """The peak of a forked process's anonymous memory over its start, in bytes."""
+def in_a_process(way: Callable[[Any], None], given: Any, before: Any = None) -> int:
+    """The peak of a forked process's anonymous memory over its start, in bytes; `before`, work for first allocations."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_watched, args=(sender, way, rows))
+    process = context.Process(target=_watched, args=(sender, way, given, before))
     process.start()
     sender.close()  # or nobody would see it end without an answer
     peak: int = receiver.recv()
@@ -257,9 +257,9 @@ def in_a_process(way: Callable[[Any], None], rows: int) -> int:
     return peak
 
 
-def _watched(sender: Any, way: Callable[[Any], None], rows: int) -> None:
-    way(_rows(64))  # imports and first allocations
-    given = _rows(rows)
+def _watched(sender: Any, way: Callable[[Any], None], given: Any, before: Any) -> None:
+    if before is not None:
+        way(before)
     start, peaks, ended = anonymous(), [0], threading.Event()
 
     def watch() -> None:

@@ -30,7 +30,11 @@ def epoch_order(lengths: NDArray[np.integer], *, seed: int, epoch: int, strategy
     if strategy == "sequential":
         return np.arange(rows)
     if strategy == "longest_first":
-        return np.argsort(-lengths.astype(np.int64), kind="stable")
+        longest = int(lengths.max(initial=0))
+        shorter = (longest - lengths).astype(
+            np.uint16 if longest < 2**16 else np.int64
+        )  # of 16 bits numpy sorts in linear time
+        return np.argsort(shorter, kind="stable")
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     order = generator.permutation(rows)
     if strategy == "random":
