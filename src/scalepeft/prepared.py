@@ -40,6 +40,9 @@ from scalepeft.tables import Bad, Opened, Table, Wanted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Checked: TypeAlias = "tuple[Chosen, dict[str, list[Any]], list[tuple[str, Bad]]]"
+"""Rows of a source that may be tokenised, as columns, and those that cannot be used, with their places."""
+
 Encoded: TypeAlias = "tuple[dict[str, list[Any]], list[Bad | None]]"
 """The columns of the rows that can be used, and for each row what is wrong with it."""
 
@@ -184,8 +187,8 @@ class Encoder(Protocol):
     def features(self) -> Mapping[str, Any]:
         """The columns it gives."""
 
-    def encode(self, rows: Mapping[str, list[Any]], source: Chosen) -> tuple[dict[str, list[Any]], list[Bad | None]]:
-        """The columns of the rows that can be used, and for each row what is wrong with it."""
+    def encode(self, rows: Mapping[str, list[Any]], source: Chosen) -> Encoded:
+        """The columns of the rows that can be used, and for each row what is wrong with it. Called in another thread."""
 
 
 def cached(key: str, write: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any], bool]:
@@ -391,8 +394,9 @@ class Preparation:
     ) -> Iterator[tuple[dict[str, list[Any]], list[tuple[str, Bad]]]]:
         """Batches of tokenised rows, each with the rows that cannot be used. After one such, tokenising may be in vain."""
         failed, originals = False, 0
-        with ThreadPoolExecutor(1) as worker:
-            for part, good, bad, encoding in self._ahead(self._checked(chosen, labels), worker):
+        worker = ThreadPoolExecutor(1)
+        try:
+            for (part, good, bad), encoding in self._ahead(self._checked(chosen, labels), worker):
                 if failed or encoding is None:
                     failed = failed or bool(bad and not self.drop)
                     yield {"row": []}, bad
@@ -409,11 +413,11 @@ class Preparation:
                 if augmenter and (copies := _copies({**left, "origin": columns["origin"]}, augmenter))["row"]:
                     columns, problems = worker.submit(self.encoder.encode, copies, part).result()
                     yield {**columns, **{name: kept(copies, problems)[name] for name in ("row", "origin")}}, []
+        finally:
+            worker.shutdown(cancel_futures=True)  # after a stop nothing more is tokenised
 
     @staticmethod
-    def _checked(
-        chosen: Sequence[Chosen], labels: Labels
-    ) -> Iterator[tuple[Chosen, dict[str, list[Any]], list[tuple[str, Bad]]]]:
+    def _checked(chosen: Sequence[Chosen], labels: Labels) -> Iterator[Checked]:
         """Batches of rows that may be tokenised, each with those that cannot be used."""
         for part in chosen:
             numbers = labels.numbers(part.labels(), part.part.opened, part.part.wanted)
@@ -423,15 +427,15 @@ class Preparation:
                 yield part, *_sorted_out(part, rows.tolist(), texts, numbers[start : start + _BATCH])
 
     def _ahead(
-        self, batches: Iterator[tuple[Chosen, dict[str, list[Any]], list[tuple[str, Bad]]]], worker: ThreadPoolExecutor
-    ) -> Iterator[tuple[Chosen, dict[str, list[Any]], list[tuple[str, Bad]], Future[Encoded] | None]]:
+        self, batches: Iterator[Checked], worker: ThreadPoolExecutor
+    ) -> Iterator[tuple[Checked, Future[Encoded] | None]]:
         """The batches in their order, each with what becomes of it in another thread; None where nothing is to be tokenised."""
-        waiting: deque[tuple[Chosen, dict[str, list[Any]], list[tuple[str, Bad]], Future[Encoded] | None]] = deque()
+        waiting: deque[tuple[Checked, Future[Encoded] | None]] = deque()
         failed = False
         for part, good, bad in batches:
             failed = failed or bool(bad and not self.drop)
             use = good["row"] and not failed
-            waiting.append((part, good, bad, worker.submit(self.encoder.encode, good, part) if use else None))
+            waiting.append(((part, good, bad), worker.submit(self.encoder.encode, good, part) if use else None))
             if len(waiting) > _AHEAD:
                 yield waiting.popleft()
         yield from waiting
