@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -85,6 +86,32 @@ def test_rows_keep_their_order_their_numbers_and_the_tokenizers_own_tokens(prepa
         "length": "int32",
         "row": "int64",
     }
+
+
+def test_what_is_tokenised_ahead_keeps_order_and_numbers(prepare, tiny_tokenizer, monkeypatch):
+    rows = [(f"{'good ' * (n % 5)}{'film' if n % 7 else ''}", "pos" if n % 2 else "neg") for n in range(40)]
+    whole = prepare(rows, on_bad_rows="drop").train
+    monkeypatch.setattr(prepared, "_BATCH", 3)
+    monkeypatch.setattr(prepared, "FORMAT", -1)
+    parts = prepare(rows, on_bad_rows="drop").train
+    assert parts.key != whole.key
+    assert parts.rows.to_dict() == whole.rows.to_dict()
+    assert parts.dropped == whole.dropped == {prepared.TEXT_EMPTY: 2}
+    assert "2 rows of" in refused(prepare, rows)
+    good = [text for text, _ in rows if text.strip()]
+    assert parts.rows["input_ids"][:] == tiny_tokenizer(good, truncation=True, max_length=32)["input_ids"]
+
+
+def test_a_tokenizer_that_does_more_than_its_backend_is_asked_itself(prepare, tiny_tokenizer):
+    class More(type(tiny_tokenizer)):
+        def _encode_plus(self, *arguments, **options):
+            found = super()._encode_plus(*arguments, **options)
+            found["input_ids"] = [[*ids, 7] for ids in found["input_ids"]]
+            return found
+
+    more = copy.deepcopy(tiny_tokenizer)
+    more.__class__ = More
+    assert prepare(FOUR, more).train.rows["input_ids"][:] == more([text for text, _ in FOUR])["input_ids"]
 
 
 def test_a_pair_is_truncated_to_the_shorter_of_recipe_and_model(prepare, tiny_tokenizer, tmp_path):

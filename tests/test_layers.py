@@ -58,6 +58,7 @@ LAYERS = (
         "folding",
     ),
     (
+        "counts",
         "metrics",
         "tasks",
         "callbacks",

@@ -7,9 +7,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from peft import PeftModel
 
-from scalepeft import cli, predict
+from scalepeft import cli, data, kinds, model, predict
+from scalepeft.console import quiet_upstream
 from scalepeft.run import Run
 
 TEXTS = ["a good film", "bad", "the plot is the film but the end is this a as nothing bad bad bad", "good", "a bad end"]
@@ -161,3 +165,75 @@ def test_evaluating_writes_nothing_into_the_run(complete):
     before = {p: p.stat().st_mtime_ns for p in complete.path.rglob("*")}
     predict.evaluate(complete)
     assert {p: p.stat().st_mtime_ns for p in complete.path.rglob("*")} == before
+
+
+# --- the fast path is the slow one --------------------------------------------------------------------------------------
+
+
+def loaded(run: Run, **how):
+    """The model of a run, without upstream's warnings."""
+    quiet_upstream()
+    return model.load(run, **how)
+
+
+def test_an_adapter_in_the_weights_answers_as_one_beside_them(complete):
+    plain, folded = loaded(complete), loaded(complete, folded=True)
+    assert isinstance(plain, PeftModel)
+    assert not isinstance(folded, PeftModel)
+    assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in plain.parameters())
+    inputs = {"input_ids": torch.arange(5, 35).reshape(3, 10)}
+    expected = model.answers(complete.recipe(), plain, inputs)
+    with plain.disable_adapter():
+        assert not torch.allclose(model.answers(complete.recipe(), plain, inputs), expected, atol=1e-2)
+    torch.testing.assert_close(model.answers(complete.recipe(), folded, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_of_half_precision_keep_the_adapter_beside_them(complete):
+    half = loaded(complete).to(torch.bfloat16)
+    assert model._folded(half) is half
+
+
+def test_batches_of_tokens_answer_as_single_rows_do_each_in_its_place(complete):
+    recipes = [complete.recipe([f"training.per_device_eval_batch_size={size}"]) for size in (8, 1, 7)]
+    del recipes[0].training["per_device_eval_batch_size"]  # type: ignore[attr-defined]
+    tokenizer, labels = model.tokenizer_of(complete), complete.record["labels"]
+    file = written("new.csv", [(f"{text} {'good ' * (n % 11)}",) for n, text in enumerate(TEXTS * 20)])
+    prepared = data.prepare_file(recipes[0], tokenizer, file, limit=64, label_names=labels)
+    task, trained = kinds.task(recipes[0], tokenizer, labels), loaded(complete, folded=True)
+
+    def logits(batch):
+        seen.append(len(batch["input_ids"]))
+        return trained(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+
+    found, batches = [], []
+    for recipe in recipes:
+        seen: list[int] = []
+        found.append(predict.Computing(recipe, task, prepared)(np.arange(100), logits))
+        batches.append(seen)
+    assert len(batches[0]) < len(batches[2]) < len(batches[1]) == 100
+    assert max(batches[2]) == 7
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    np.testing.assert_allclose(found[2], found[1], atol=1e-5)
+    some = predict.Computing(recipes[0], task, prepared)(np.array([3, 97, 50]), logits)
+    np.testing.assert_allclose(some, found[1][[3, 97, 50]], atol=1e-5)
+
+
+def test_a_file_of_predictions_is_the_same_however_few_numbers_are_held(complete, monkeypatch):
+    file = written("new.csv", [(f"{text} {'bad ' * (n % 7)}",) for n, text in enumerate(TEXTS * 3)])
+    predict.predict(complete, file, Path("whole.csv"))
+    monkeypatch.setattr(predict, "_HELD", 8)
+    predict.predict(complete, file, Path("parts.csv"))
+    whole, parts = rows_of(Path("whole.csv")), rows_of(Path("parts.csv"))
+    assert [(row["row"], row["name"]) for row in parts] == [(row["row"], row["name"]) for row in whole]
+    for name in ("probability_negative", "probability_positive"):
+        assert [float(row[name]) for row in parts] == pytest.approx([float(row[name]) for row in whole], abs=2e-6)
+
+
+def test_predictions_that_fail_midway_leave_nothing(complete, monkeypatch):
+    def fails(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(predict.Computing, "__call__", fails)
+    with pytest.raises(RuntimeError):
+        predict.predict(complete, written("new.csv", [("good",)]), Path("out.csv"))
+    assert [path.name for path in Path().iterdir()] == ["new.csv"]

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from scalepeft.sampler import NO_ROW, StepBatches, epoch_order
+from scalepeft.sampler import NO_ROW, StepBatches, epoch_order, token_batches
 
 STRATEGIES = ("random", "sequential", "group_by_length", "longest_first")
 
@@ -127,3 +127,14 @@ def test_rows_after_a_step_are_those_its_batches_hold(drop_last):
         seen.append(seen[-1] + rows)
     assert [batches.rows_after(step) for step in range(len(seen))] == seen
     assert batches.rows_per_epoch == sum(per_epoch)
+
+
+@pytest.mark.parametrize("tokens", [1, 50, 1_000, 10**9])
+def test_batches_of_tokens_hold_every_row_once_the_longest_first_and_no_more_tokens_than_asked(tokens):
+    of = lengths(500)
+    found = [batch.tolist() for batch in token_batches(of, tokens=tokens)]
+    rows = [row for batch in found for row in batch]
+    assert sorted(rows) == list(range(500))
+    assert of[rows].tolist() == sorted(of.tolist(), reverse=True)
+    assert all(len(batch) == 1 or max(of[batch]) * len(batch) <= tokens for batch in found)
+    assert all(max(of[batch]) * (len(batch) + 1) > tokens for batch in found[:-1])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
 
+from scalepeft import tasks
 from scalepeft.tasks import IGNORED, SequenceClassification
 
 NAMES = ["a", "b", "c"]
@@ -150,6 +151,19 @@ def test_the_confusion_matrix_has_the_truth_in_rows_and_every_class(task):
     assert found["per_class"]["a"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "rows": 2}
     assert found["per_class"]["b"]["recall"] == pytest.approx(2 / 3)
     assert found["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "rows": 0}
+
+
+def test_of_many_classes_each_has_its_figures_and_no_matrix_is_made(tiny_tokenizer):
+    draw = np.random.default_rng(0)
+    many = SequenceClassification(tiny_tokenizer, [str(n) for n in range(tasks.MATRIX_CLASSES + 1)])
+    truth, predicted = draw.integers(0, 90, 400), draw.integers(50, len(many.labels), 400)
+    found = many.details(np.stack([predicted, np.ones(400)], axis=1).astype(np.float32), truth)
+    assert list(found) == ["per_class"]
+    expected = sklearn_metrics.precision_recall_fscore_support(
+        truth, predicted, labels=range(len(many.labels)), zero_division=0
+    )
+    table = [[of[name] for of in found["per_class"].values()] for name in ("precision", "recall", "f1", "rows")]
+    assert np.allclose(table, expected, rtol=1e-12)
 
 
 def test_every_task_of_the_recipe_language_is_there():

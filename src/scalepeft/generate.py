@@ -209,7 +209,7 @@ def complete(run: Run, file: Path, output: Path, sampling: Sampling, *, batch_si
     tokenizer = model.tokenizer_of(run)
     limit = model.longest_input(recipe, tokenizer)
     prepared = _prepared(recipe, tokenizer, file, limit)
-    trained, found = model.load(run), dict[int, Completion]()
+    trained, found = model.load(run, folded=True), dict[int, Completion]()
     for places, room in _batches(prepared, recipe, limit, sampling.max_new_tokens, batch_size):
         taken = prepared.rows.select(places)
         how = Sampling(**{**asdict(sampling), "max_new_tokens": room})
@@ -333,7 +333,7 @@ class Chat:
             told = "the tokenizer has no chat template, without which there are no turns; `scalepeft predict` completes texts"
             raise UserError(f"{run.path}: {told}")
         self.limit = model.longest_input(self.recipe, self.tokenizer)
-        self.model = model.load(run)
+        self.model = model.load(run, folded=True)
         self.messages: list[dict[str, str]] = []
         self.answered = 0
 

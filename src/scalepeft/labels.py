@@ -143,7 +143,7 @@ def found(recipe: Recipe, raw: Iterable[Sequence[Any]]) -> Labels:
     rows, values = 0, set[int | str]()
     for labels in raw:
         rows += len(labels)
-        values |= {value for value in map(_plain, set(map(_hashable, labels))) if value not in (None, -1)}
+        values |= {value for value in map(_plain, _distinct(labels)) if value not in (None, -1)}
     if not values:
         raise recipe.error("data.label_column", f"none of the {rows:,} training rows has a label")
     if len(values) > max(100, rows / 2):
@@ -165,8 +165,11 @@ def _plain(label: object) -> int | str | None:
     return text if text.strip() else None
 
 
-def _hashable(label: Any) -> Any:
-    return str(label) if isinstance(label, list | dict) else label
+def _distinct(labels: Sequence[Any]) -> set[Any]:
+    try:
+        return set(labels)
+    except TypeError:  # of lists and objects, which are no labels
+        return {str(label) if isinstance(label, list | dict) else label for label in labels}
 
 
 def _some(texts: Iterable[str], count: int = 10) -> str:

@@ -8,6 +8,8 @@ import datasets
 import evaluate
 import numpy as np
 
+from scalepeft.counts import Counts
+
 
 class Correlation(evaluate.Metric):  # type: ignore[misc]
     """Pearson's and Spearman's correlation as one metric."""
@@ -49,13 +51,5 @@ class Classification(evaluate.Metric):  # type: ignore[misc]
         )
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        from sklearn.metrics import accuracy_score, matthews_corrcoef, precision_recall_fscore_support
-
-        figures = {
-            "accuracy": float(accuracy_score(references, predictions)),
-            "matthews_correlation": float(matthews_corrcoef(references, predictions)),
-        }
-        for average in ("macro", "weighted"):
-            means = precision_recall_fscore_support(references, predictions, average=average, zero_division=0)[:3]
-            figures |= {f"{name}_{average}": float(v) for name, v in zip(("precision", "recall", "f1"), means, strict=True)}
-        return figures
+        truth, predicted = np.asarray(references, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
+        return Counts(truth, predicted, int(max(truth.max(), predicted.max())) + 1).figures()

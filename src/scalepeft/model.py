@@ -160,9 +160,10 @@ def adapted(recipe: Recipe, base: PreTrainedModel, *, total_steps: int) -> Train
     return base if recipe.adapter is None else adapters.new(recipe, base, total_steps=total_steps)
 
 
-def load(run: Run) -> Trained:
+def load(run: Run, *, folded: bool = False) -> Trained:
     """The trained model of a run, in evaluation mode on its device: the base of its recipe and the run's own weights.
 
+    `folded` puts the adapter into the weights where the answers then differ by rounding alone: it computes less for each row.
     Raises RunFailed when the run's weights are missing or damaged.
     """
     recipe, weights = run.recipe(), str(run.weights)
@@ -179,7 +180,21 @@ def load(run: Run) -> Trained:
         raise RunFailed(f"{weights} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
     if recipe.quantization is None:
         model = model.to(device())
-    return model.eval()
+    return (_folded(model) if folded else model).eval()
+
+
+def _folded(model: Trained) -> Trained:
+    """A model without its LoRA, which is in its weights; any other, or one whose weights are not all in float32, as it is.
+
+    In half precision a weight would round away a part of what the adapter adds to it.
+    """
+    if not isinstance(model, PeftModel) or any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        return model
+    config = model.active_peft_config
+    if config.peft_type != "LORA" or getattr(config, "alora_invocation_tokens", None):
+        return model
+    merged: PreTrainedModel = model.merge_and_unload()
+    return merged
 
 
 def device() -> torch.device:

@@ -13,14 +13,15 @@ import os
 import shutil
 import socket
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import datasets
 import numpy as np
@@ -39,6 +40,12 @@ from scalepeft.tables import Bad, Opened, Table, Wanted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Checked: TypeAlias = "tuple[Chosen, dict[str, list[Any]], list[tuple[str, Bad]]]"
+"""Rows of a source that may be tokenised, as columns, and those that cannot be used, with their places."""
+
+Encoded: TypeAlias = "tuple[dict[str, list[Any]], list[Bad | None]]"
+"""The columns of the rows that can be used, and for each row what is wrong with it."""
+
 FORMAT = 2
 """Part of every key: to be raised when a change of this module, `sources` or `labels` gives other rows for the same recipe."""
 
@@ -51,6 +58,7 @@ TEXT_LONG = f"text is longer than {LONGEST_TEXT:,} characters"
 NO_TOKENS = "text gives no tokens"
 
 _BATCH = 1_000  # texts tokenised at a time, and rows of an Arrow record batch
+_AHEAD = 2  # batches that the tokenizer is given before their turn: it computes while Python checks and writes others
 _LISTED = 5  # bad rows named in an error
 
 Integers = NDArray[np.int64]
@@ -179,8 +187,8 @@ class Encoder(Protocol):
     def features(self) -> Mapping[str, Any]:
         """The columns it gives."""
 
-    def encode(self, rows: Mapping[str, list[Any]], source: Chosen) -> tuple[dict[str, list[Any]], list[Bad | None]]:
-        """The columns of the rows that can be used, and for each row what is wrong with it."""
+    def encode(self, rows: Mapping[str, list[Any]], source: Chosen) -> Encoded:
+        """The columns of the rows that can be used, and for each row what is wrong with it. Called in another thread."""
 
 
 def cached(key: str, write: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any], bool]:
@@ -252,11 +260,27 @@ class Texts:
         special = self.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
         if self.limit <= special:
             raise self.recipe.error("data.max_length", f"{self.limit} leaves no room beside {special} special tokens")
-        tokens = self.tokenizer(*texts, truncation=True, max_length=self.limit, return_attention_mask=False)
+        tokens = self._tokens(texts)
         lengths = list(map(len, tokens["input_ids"]))
         columns = {**tokens, "labels": rows["labels"], "length": lengths}
         problems = [None if length else Bad(reason=NO_TOKENS) for length in lengths]
         return kept(columns, problems), problems
+
+    def _tokens(self, texts: Sequence[list[str]]) -> Mapping[str, list[list[int]]]:
+        """input_ids, and token_type_ids where the tokenizer gives them, as a call of it gives them.
+
+        Its backend is asked for them alone: masks, offsets and the objects that hold them take longer.
+        """
+        how = {"truncation": True, "max_length": self.limit, "return_attention_mask": False}
+        first = self.tokenizer(*(column[:1] for column in texts), **how)  # which tells the backend where to cut
+        rows = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
+        found = self.tokenizer.backend_tokenizer.encode_batch_fast(rows)
+        tokens = {"input_ids": [encoding.ids for encoding in found]}
+        if "token_type_ids" in first:
+            tokens["token_type_ids"] = [encoding.type_ids for encoding in found]
+        if any(tokens[name][:1] != ids for name, ids in first.items()):  # a tokenizer that does more than its backend
+            return dict(self.tokenizer(*texts, **how))
+        return tokens
 
 
 def kept(columns: Mapping[str, list[Any]], problems: Sequence[Bad | None]) -> dict[str, list[Any]]:
@@ -370,28 +394,51 @@ class Preparation:
     ) -> Iterator[tuple[dict[str, list[Any]], list[tuple[str, Bad]]]]:
         """Batches of tokenised rows, each with the rows that cannot be used. After one such, tokenising may be in vain."""
         failed, originals = False, 0
+        worker = ThreadPoolExecutor(1)
+        try:
+            for (part, good, bad), encoding in self._ahead(self._checked(chosen, labels), worker):
+                if failed or encoding is None:
+                    failed = failed or bool(bad and not self.drop)
+                    yield {"row": []}, bad
+                    continue
+                columns, problems = encoding.result()
+                bad += [(_place(part, row), p) for row, p in zip(good["row"], problems, strict=True) if p is not None]
+                failed = bool(bad and not self.drop)
+                left = kept(good, problems)
+                columns["row"] = left["row"]
+                if augmenter:
+                    columns["origin"] = list(range(originals, originals + len(left["row"])))
+                    originals += len(left["row"])
+                yield columns, bad
+                if augmenter and (copies := _copies({**left, "origin": columns["origin"]}, augmenter))["row"]:
+                    columns, problems = worker.submit(self.encoder.encode, copies, part).result()
+                    yield {**columns, **{name: kept(copies, problems)[name] for name in ("row", "origin")}}, []
+        finally:
+            worker.shutdown(cancel_futures=True)  # after a stop nothing more is tokenised
+
+    @staticmethod
+    def _checked(chosen: Sequence[Chosen], labels: Labels) -> Iterator[Checked]:
+        """Batches of rows that may be tokenised, each with those that cannot be used."""
         for part in chosen:
             numbers = labels.numbers(part.labels(), part.part.opened, part.part.wanted)
             for start in range(0, len(part.rows), _BATCH):
                 rows = part.rows[start : start + _BATCH]
                 texts = [_take(column, rows) for column in part.table.texts]
-                good, bad = _sorted_out(part, rows.tolist(), texts, numbers[start : start + _BATCH])
-                failed = failed or bool(bad and not self.drop)
-                if failed or not good["row"]:
-                    yield {"row": []}, bad
-                    continue
-                columns, problems = self.encoder.encode(good, part)
-                bad += [(_place(part, row), p) for row, p in zip(good["row"], problems, strict=True) if p is not None]
-                failed = failed or bool(bad and not self.drop)
-                good = kept(good, problems)
-                columns["row"] = good["row"]
-                if augmenter:
-                    columns["origin"] = list(range(originals, originals + len(good["row"])))
-                    originals += len(good["row"])
-                yield columns, bad
-                if augmenter and (copies := _copies({**good, "origin": columns["origin"]}, augmenter))["row"]:
-                    columns, problems = self.encoder.encode(copies, part)
-                    yield {**columns, **{name: kept(copies, problems)[name] for name in ("row", "origin")}}, []
+                yield part, *_sorted_out(part, rows.tolist(), texts, numbers[start : start + _BATCH])
+
+    def _ahead(
+        self, batches: Iterator[Checked], worker: ThreadPoolExecutor
+    ) -> Iterator[tuple[Checked, Future[Encoded] | None]]:
+        """The batches in their order, each with what becomes of it in another thread; None where nothing is to be tokenised."""
+        waiting: deque[tuple[Checked, Future[Encoded] | None]] = deque()
+        failed = False
+        for part, good, bad in batches:
+            failed = failed or bool(bad and not self.drop)
+            use = good["row"] and not failed
+            waiting.append(((part, good, bad), worker.submit(self.encoder.encode, good, part) if use else None))
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft()
+        yield from waiting
 
 
 def _copies(rows: Mapping[str, list[Any]], augmenter: Augmenter) -> dict[str, list[Any]]:
@@ -417,6 +464,9 @@ def _sorted_out(
 ) -> tuple[dict[str, list[Any]], list[tuple[str, Bad]]]:
     """The usable rows as columns, and the others with their places."""
     names, broken = chosen.part.wanted.texts, chosen.table.broken
+    keys = ["row", "labels", *map(str, range(len(texts)))]
+    if Bad not in set(map(type, numbers)) and broken.keys().isdisjoint(rows) and all(map(_all_usable, texts)):
+        return dict(zip(keys, (rows, numbers, *texts), strict=True)), []
     good: list[tuple[Any, ...]] = []
     bad: list[tuple[str, Bad]] = []
     for row, number, *fields in zip(rows, numbers, *texts, strict=True):
@@ -427,8 +477,12 @@ def _sorted_out(
             good.append((row, number, *fields))
         else:
             bad.append((_place(chosen, row), problem))
-    keys = ["row", "labels", *map(str, range(len(texts)))]
     return dict(zip(keys, map(list, zip(*good, strict=True)) if good else [[] for _ in keys], strict=True)), bad
+
+
+def _all_usable(texts: list[str | None]) -> bool:
+    """Whether none of the texts has a problem: as `_text_problem`, and ten times as fast."""
+    return all(text and not text.isspace() and len(text) <= LONGEST_TEXT for text in texts)
 
 
 def _text_problem(text: str | None, column: str) -> Bad | None:

@@ -63,10 +63,12 @@ def _beginning(text: str, longest: int = 160) -> str:
 
 
 def per_class(details: Mapping[str, Any]) -> str:
-    """The per-class table and the confusion matrix of one evaluation."""
+    """The per-class table of one evaluation, and its confusion matrix where one was recorded."""
     rows: list[Sequence[str]] = [("class", "precision", "recall", "f1", "rows")]
     for name, found in details["per_class"].items():
         rows.append((name, *(f"{found[k]:.4f}" for k in ("precision", "recall", "f1")), str(found["rows"])))
+    if "confusion" not in details:
+        return table(rows)
     matrix: list[Sequence[str]] = [("truth \\ predicted", *details["per_class"])]
     matrix += [(name, *map(str, counts)) for name, counts in zip(details["per_class"], details["confusion"], strict=True)]
     return f"{table(rows)}\n\n{table(matrix)}"
@@ -108,7 +110,7 @@ def confusion(run: Run) -> bool:
     """Draw the confusion matrix of the main set as confusion.png and confusion.svg; return whether there is one to draw.
 
     One of more than MOST_CLASSES is not drawn: at the width of a page its numbers and names would be too small to read.
-    run.json holds it all the same.
+    run.json holds it all the same, up to tasks.MATRIX_CLASSES.
     """
     record = run.record
     for name, found in record["evaluation"].items():

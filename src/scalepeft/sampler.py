@@ -30,7 +30,11 @@ def epoch_order(lengths: NDArray[np.integer], *, seed: int, epoch: int, strategy
     if strategy == "sequential":
         return np.arange(rows)
     if strategy == "longest_first":
-        return np.argsort(-lengths.astype(np.int64), kind="stable")
+        longest = int(lengths.max(initial=0))
+        shorter = (longest - lengths).astype(
+            np.uint16 if longest < 2**16 else np.int64
+        )  # of 16 bits numpy sorts in linear time
+        return np.argsort(shorter, kind="stable")
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     order = generator.permutation(rows)
     if strategy == "random":
@@ -42,6 +46,16 @@ def epoch_order(lengths: NDArray[np.integer], *, seed: int, epoch: int, strategy
         part = part[np.argsort(lengths[part], kind="stable")]
         blocks += [part[i : i + _BLOCK] for i in range(0, len(part), _BLOCK)]
     return np.concatenate([blocks[i] for i in generator.permutation(len(blocks))]) if blocks else order
+
+
+def token_batches(lengths: NDArray[np.integer], *, tokens: int) -> Iterator[NDArray[np.int64]]:
+    """All rows, longest first, in batches of at most so many tokens with their padding, or of the one row that has more."""
+    order = epoch_order(lengths, seed=0, epoch=0, strategy="longest_first")
+    start = 0
+    while start < len(order):
+        rows = max(1, tokens // max(1, int(lengths[order[start]])))
+        yield order[start : start + rows]
+        start += rows
 
 
 class StepBatches:

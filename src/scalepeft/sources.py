@@ -118,7 +118,23 @@ class _Columns:
                 bad = bad or Bad(reason=BAD_BYTES, detail="in the label")
         if bad:
             self._broken[row] = bad
-        if len(self._waiting[0]) == _CHUNK:
+        if len(self._waiting[0]) >= _CHUNK:
+            self._flush()
+
+    def extend(self, texts: Sequence[Sequence[str]], labels: Sequence[str] | None, lines: Iterable[int]) -> None:
+        """Rows in which everything is a string, by columns."""
+        known = dict(zip(labels, labels, strict=True)) if labels is not None else {}
+        if not all(map(_encodable, known)):
+            for *fields, label, line in zip(*texts, labels or (), lines, strict=True):
+                self.add(fields, label, line)
+            return
+        self._lines.extend(lines)
+        for waiting, column in zip(self._waiting, texts, strict=True):
+            waiting.extend(column)
+        if self._labels is not None and labels is not None:
+            self._seen |= {label: label for label in known if label not in self._seen}
+            self._labels.extend(map(self._seen.__getitem__, labels))
+        if len(self._waiting[0]) >= _CHUNK:
             self._flush()
 
     def _flush(self) -> None:
@@ -167,20 +183,34 @@ def csv_tables(path: Path, wanted: Wanted, *, delimiter: str, rows: int | None =
             label = wanted.label_in(header)
             label_at = header.index(label) if label is not None else None
             columns = _Columns(wanted.width, labelled=label_at is not None)
-            nothing = [None] * wanted.width
+            nothing, width = [None] * wanted.width, len(header)
+            good: list[list[str]] = []
+            lines: list[int] = []
+
+            def take() -> None:
+                """Put the rows that are whole into the columns."""
+                if good:
+                    labels = [row[label_at] for row in good] if label_at is not None else None
+                    columns.extend(wanted.fields(header, good), labels, lines)
+                good.clear()
+                lines.clear()
+
             start = reader.line_num + 1
             for row in reader:
-                if len(row) == len(header):
-                    columns.add(
-                        wanted.row(dict(zip(header, row, strict=True))), row[label_at] if label_at is not None else None, start
-                    )
+                if len(row) == width:
+                    good.append(row)
+                    lines.append(start)
                 elif row:  # an empty line is no row
-                    detail = f"it has {len(row)} field{'s' * (len(row) != 1)}, the header has {len(header)}"
+                    detail = f"it has {len(row)} field{'s' * (len(row) != 1)}, the header has {width}"
+                    take()
                     columns.add(nothing, None, start, Bad(reason=RAGGED, detail=detail))
                 start = reader.line_num + 1
-                if len(columns) == rows:
+                if len(good) == _CHUNK or (rows is not None and len(columns) + len(good) == rows):
+                    take()
+                if rows is not None and len(columns) == rows:
                     yield columns.table(wanted.usual(header))
                     columns = _Columns(wanted.width, labelled=label_at is not None)
+            take()
         except csv.Error as error:
             reason = "a quote is opened and not closed" if "unexpected end of data" in str(error) else one_line(error)
             raise wanted.fail("path", f"{path}:{start}: not {path.suffix[1:]}: {reason}, in the row that starts here") from None

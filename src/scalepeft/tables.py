@@ -104,6 +104,10 @@ class Wanted:
         """The texts of a row."""
         return [item.get(name) for name in self.texts]
 
+    def fields(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
+        """The texts of rows that are fields under a header, by columns."""
+        return [[row[at] for row in rows] for at in map(header.index, self.texts)]
+
     def usual(self, columns: Iterable[str]) -> list[str]:  # noqa: ARG002  # the signature of Records
         """The usual names of the columns that are there; none have such names here."""
         return []
@@ -154,6 +158,10 @@ class Records(Wanted):
         """A row as one JSON object, by the usual names; nulls are left out."""
         kept = {usual: item[name] for usual, name in self.names.items() if item.get(name) is not None}
         return [json.dumps(kept, ensure_ascii=False, default=str)]  # other than str: dates and bytes of Arrow
+
+    def fields(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
+        """The same of rows that are fields under a header."""
+        return [[self.row(dict(zip(header, row, strict=True)))[0] for row in rows]]
 
     def usual(self, columns: Iterable[str]) -> list[str]:
         """The usual names of the columns that are there."""

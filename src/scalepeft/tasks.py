@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from scalepeft.counts import Counts
 from scalepeft.labels import UNLABELLED
 from scalepeft.run import Run
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 IGNORED = UNLABELLED
 """The label of a row that counts neither in the loss nor in a metric (torch's ignore_index)."""
+
+
+MATRIX_CLASSES = 200
+"""Classes of the largest confusion matrix that is recorded: its numbers grow with their square."""
 
 
 class Task(Protocol):
@@ -129,18 +134,19 @@ class SequenceClassification:
         ]
 
     def details(self, reduced: NDArray[np.floating], references: NDArray[np.integer]) -> dict[str, Any]:
-        """The per-class table and the confusion matrix (rows: truth, columns: prediction)."""
-        from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
-        counted = references != IGNORED
-        truth, predicted = references[counted], reduced[counted, 0].astype(np.int64)
-        classes = list(range(len(self.labels)))
-        table = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0)
+        """The per-class table and, of at most MATRIX_CLASSES, the confusion matrix (rows: truth, columns: prediction)."""
+        counted, classes = references != IGNORED, len(self.labels)
+        truth, predicted = references[counted].astype(np.int64), reduced[counted, 0].astype(np.int64)
+        counts = Counts(truth, predicted, classes)
+        columns = (counts.precision.tolist(), counts.recall.tolist(), counts.f1.tolist(), counts.truth.tolist())
         per_class = {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
-            for name, p, r, f, n in zip(self.labels, *table, strict=True)
+            name: {"precision": p, "recall": r, "f1": f, "rows": n}
+            for name, p, r, f, n in zip(self.labels, *columns, strict=True)
         }
-        return {"per_class": per_class, "confusion": confusion_matrix(truth, predicted, labels=classes).tolist()}
+        if classes > MATRIX_CLASSES:
+            return {"per_class": per_class}
+        matrix = np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, classes)
+        return {"per_class": per_class, "confusion": matrix.tolist()}
 
 
 class SequenceRegression(SequenceClassification):
