@@ -62,6 +62,7 @@ LAYERS = (
         "adalora",
         "resume",
         "trainer",
+        "heads",
         "language",
         "kinds",
         "session",

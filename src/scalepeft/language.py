@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import add_fused_lm_head, use_adapter
+from trl.trainer.utils import use_adapter
 
 from scalepeft import model as models
 from scalepeft.adapters import copy_reference
 from scalepeft.data import Corpus
 from scalepeft.errors import UserError
+from scalepeft.heads import add_fused_lm_head
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
 from scalepeft.tasks import IGNORED
@@ -47,7 +48,7 @@ class CausalLM:
 
     def ready(self, model: Any, run: Run) -> None:  # noqa: ARG002  # of Preference
         """Give a loaded model the head that `measure` uses, as the trainers give it to theirs: it never holds all logits."""
-        add_fused_lm_head(getattr(model, "get_base_model", lambda: model)(), outputs=("log_probs", "is_top1"))
+        add_fused_lm_head(_base(model), outputs=("log_probs", "is_top1"))
 
     def measure(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Of each row, over its tokens that count: summed negative log-likelihood, tokens guessed right, tokens (rows x 3)."""
@@ -207,6 +208,7 @@ class SupervisedTrainer(LanguageTraining, SFTTrainer):  # type: ignore[misc]
                 eval_dataset={name: prepared.rows for name, prepared in corpus.evaluation.items()} or None,
                 compute_metrics=self._compute_metrics,
             )
+        add_fused_lm_head(_base(self.model), outputs=("log_probs", "entropy", "is_top1"))
         self.adopt(recipe, task, run, corpus)
         if self.padding_free:
             self.add_callback(Isolation(self, task))
@@ -240,6 +242,8 @@ class PreferenceTrainer(LanguageTraining, DPOTrainer):  # type: ignore[misc]
                 eval_dataset={name: prepared.rows for name, prepared in corpus.evaluation.items()} or None,
                 compute_metrics=self._compute_metrics,
             )
+        weighting = ("log_sum_sq_probs",) if self.use_weighting else ()
+        add_fused_lm_head(_base(self.model), outputs=("log_probs", "entropy", "mean_logits", "is_top1", *weighting))
         copy_reference(self.model)
         task.reference = self.ref_model or self.model
         self.adopt(recipe, task, run, corpus)
@@ -306,6 +310,10 @@ class Isolation(TrainerCallback):  # type: ignore[misc]
 _MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """The largest relative difference of logits that rounding explains, by the dtype that computes."""
+
+
+def _base(model: Any) -> Any:
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 @contextlib.contextmanager
