@@ -63,6 +63,7 @@ LAYERS = (
         "resume",
         "trainer",
         "heads",
+        "attention",
         "language",
         "kinds",
         "session",

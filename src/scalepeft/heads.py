@@ -25,7 +25,7 @@ class LogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """From hidden states (N x H), weight (V x H) and targets (N): log-probabilities, entropies, mean logits, is_top1 (N each).
+        """Log-probabilities, entropies, mean logits, is_top1 (N each) from hidden states (N x H), weight (V x H), targets (N).
 
         Only log-probabilities have a gradient, and entropies are zero where none is asked for. bf16 and fp16 are the dtypes of
         the products alone, as under autocast.
@@ -44,12 +44,13 @@ class LogProbs(torch.autograd.Function):
             largest, likeliest = logits.max(-1)
             scored = logits.gather(1, targets[of, None])[:, 0]
             means[of] = logits.mean(-1)
-            probabilities = torch.softmax(logits, -1, out=logits)
-            # the likeliest token's probability is at least 1 / V: its logarithm loses nothing
-            total = largest - probabilities.gather(1, likeliest[:, None])[:, 0].log()
+            # not torch.softmax, whose plain sum over 49,152 tokens is 1e-5 too small: this one is taken in a cascade
+            weights = logits.sub_(largest[:, None]).exp_()
+            summed = weights.sum(-1)
+            total = largest + summed.log()
             log_probs[of], top[of] = scored - total, likeliest == targets[of]
             if slope is not None:
-                mean = (probabilities.to(dtype) @ weight).float()
+                mean = (weights.to(dtype) @ weight).float() / summed[:, None]
                 entropies[of] = total - (mean * states[of].float()).sum(-1)
                 torch.sub(weight[targets[of]].float(), mean, out=slope[of])
         ctx.save_for_backward(slope)
@@ -68,21 +69,11 @@ class _Head:
     """Stands where TRL's head calls its ChunkedLogProbFunction, and leaves to that what LogProbs does not do."""
 
     @staticmethod
-    def apply(
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        temperature: float,
-        chunk: int,
-        softcap: float | None,
-        scale: float,
-        outputs: tuple[str, ...],
-    ) -> tuple[torch.Tensor | None, ...]:
+    def apply(hidden: torch.Tensor, weight: torch.Tensor, *given: Any) -> tuple[torch.Tensor | None, ...]:
+        bias, targets, temperature, _, softcap, scale, outputs = given
         plain = bias is None and softcap is None and scale == temperature == 1.0 and "log_sum_sq_probs" not in outputs
         if not plain or hidden.device.type != "cpu" or (weight.requires_grad and torch.is_grad_enabled()):
-            given = (hidden, weight, bias, targets, temperature, chunk, softcap, scale, outputs)
-            found: tuple[torch.Tensor | None, ...] = ChunkedLogProbFunction.apply(*given)
+            found: tuple[torch.Tensor | None, ...] = ChunkedLogProbFunction.apply(hidden, weight, *given)
             return found
         log_probs, entropies, means, top = LogProbs.apply(hidden, weight, targets)
         return log_probs, entropies, None, means, top

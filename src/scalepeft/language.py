@@ -18,6 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import use_adapter
 
+from scalepeft import attention
 from scalepeft import model as models
 from scalepeft.adapters import copy_reference
 from scalepeft.data import Corpus
@@ -209,19 +210,63 @@ class SupervisedTrainer(LanguageTraining, SFTTrainer):  # type: ignore[misc]
                 compute_metrics=self._compute_metrics,
             )
         add_fused_lm_head(_base(self.model), outputs=("log_probs", "entropy", "is_top1"))
+        self._sums: dict[str, torch.Tensor] = {}
         self.adopt(recipe, task, run, corpus)
         if self.padding_free:
+            attention.install()
             self.add_callback(Isolation(self, task))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Upstream's loss, summed over tokens and divided by those of the whole step, and the adapter's own part."""
-        tokens = (inputs["labels"] != IGNORED).sum()
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """Upstream's loss, summed over tokens and divided by those of the whole step, and the adapter's own part.
+
+        Upstream also gathers and reads its figures of every micro-batch, and the device waits for that. Here they are summed
+        where they are, and `log` reads them.
+        """
+        own = self.label_smoother is not None or self.aux_loss_enabled or self.accelerator.parallelism_config is not None
+        if own or return_outputs or num_items_in_batch is None:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            found = model(**inputs, use_cache=False, fused_lm_head=True)
+            losses = -found.log_probs
+            if self.args.loss_type == "dft":
+                losses = losses * found.log_probs.exp().detach()
+            loss = losses.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+            self._add(found, inputs)
         if num_items_in_batch is None or return_outputs:
             return loss
+        tokens = (inputs["labels"] != IGNORED).sum()
         return loss + self.regularisation(tokens / num_items_in_batch * self.accelerator.num_processes)
+
+    def _add(self, found: Any, inputs: Mapping[str, Any]) -> None:
+        seen = (
+            inputs["attention_mask"].sum()
+            if "attention_mask" in inputs
+            else found.label_mask.new_tensor(inputs["input_ids"].numel(), dtype=torch.int64)
+        )
+        sums = {
+            "scored": found.label_mask.sum(),
+            "entropy": found.entropy.detach().sum(),
+            "right": found.is_top1.sum(),
+            "seen": seen,
+        }
+        self._sums = {name: value + self._sums.get(name, 0) for name, value in sums.items()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Upstream's entry, whose entropy and token accuracy are means over the tokens in the loss since the last one."""
+        if self.model.training and self._sums:
+            of = {name: self.accelerator.gather(value.reshape(1)).sum().item() for name, value in self._sums.items()}
+            self._sums = {}
+            self._total_train_tokens += int(of["seen"])
+            scored = max(of["scored"], 1)
+            means = {"entropy": of["entropy"] / scored, "mean_token_accuracy": of["right"] / scored}
+            self._metrics["train"] |= {
+                name: [value] for name, value in {**means, "num_tokens": self._total_train_tokens}.items()
+            }
+        super().log(logs, start_time)
 
 
 class PreferenceTrainer(LanguageTraining, DPOTrainer):  # type: ignore[misc]
