@@ -64,3 +64,4 @@ layouts-table: setup  ## run the layout contract and write docs/layouts.md anew
 
 bench: setup  ## measure what is claimed about speed
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/sft.py --short

@@ -52,8 +52,33 @@ def test_documents_give_the_logits_and_gradients_of_the_mask(counted, kind):
     torch.testing.assert_close(*(gradients for _, gradients in found))
 
 
-def test_other_rows_are_left_to_upstream(counted):
+def test_padding_is_left_out_and_changes_nothing_before_it(counted):
+    torch.manual_seed(0)
     model = MODELS["all before"]()
-    ids = torch.randint(50, (2, 6))
-    model(input_ids=ids, attention_mask=torch.ones_like(ids).tril(3), use_cache=False)
+    rows = [{"input_ids": torch.randint(50, (length,)).tolist()} for length in (9, 3, 14)]
+    batch = DataCollatorForLanguageModeling(pad_token_id=0)(rows)
+    present = batch["attention_mask"].bool()
+    found = []
+    for way in (attention.by_document, sdpa_attention.sdpa_attention_forward):
+        AttentionInterface.register("sdpa", way)
+        model.zero_grad()
+        output = model(**batch, use_cache=False)
+        output.loss.backward()
+        found.append((output.logits.detach()[present], [p.grad.clone() for p in model.parameters()]))
+    assert counted == [9, 3, 14] * 2
+    torch.testing.assert_close(*(logits for logits, _ in found))
+    torch.testing.assert_close(*(gradients for _, gradients in found))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mask"),
+    [
+        ("all before", [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]),
+        ("all before", [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]),
+        ("all before", [[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0]]),
+        ("a window", [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]),
+    ],
+)
+def test_other_masks_are_left_to_upstream(counted, kind, mask):
+    MODELS[kind]()(input_ids=torch.randint(50, (2, 6)), attention_mask=torch.tensor(mask), use_cache=False)
     assert counted == [6, 6]

@@ -174,6 +174,11 @@ class Preference(CausalLM):
 class LanguageTraining(RecipeTraining):
     """What the trainers of language models share: evaluation without logits, and no files of upstream's."""
 
+    def adopt(self, recipe: Recipe, task: Any, run: Run, corpus: Corpus) -> None:
+        """The same, and the faster attention of CPUs."""
+        super().adopt(recipe, task, run, corpus)
+        attention.install()
+
     def prediction_step(
         self,
         model: Any,
@@ -213,7 +218,6 @@ class SupervisedTrainer(LanguageTraining, SFTTrainer):  # type: ignore[misc]
         self._sums: dict[str, torch.Tensor] = {}
         self.adopt(recipe, task, run, corpus)
         if self.padding_free:
-            attention.install()
             self.add_callback(Isolation(self, task))
 
     def compute_loss(
