@@ -341,7 +341,7 @@ scalepeft's 0.73 s, of which two products with the weight take 0.61 s.
 
 Did not help: oneDNN's products of matrices in place of MKL's (50 and 54 GFLOP/s against 45 and 53, forward and backward);
 leaving the entropy out (5 % of TRL's head; here it follows from the gradient for nothing); other tiles of the head (64 rows of
-logits 0.84 s, 128 rows 0.74 s, 340 rows 0.72 s); anything of the optimizer.
+logits 0.84 s, 128 rows 0.74 s, 340 rows 0.72 s).
 
 torch's softmax and cross_entropy sum 49,152 words in float32 with an error of 1e-5; the head sums in a cascade, as TRL's does.
 The bare loop's losses lie that far from the others.
@@ -360,11 +360,6 @@ QLORA_RATIOS = (
         least=1.0,
     ),
 )
-QLORA_NOTES = [
-    "The Trainer's side keeps all logits and takes their cross-entropy, as transformers' models do; 4-bit weights are dequantised "
-    "in each step on both sides, by bitsandbytes.",
-]
-
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1].startswith("by_"):
         globals()[sys.argv[1]](sys.argv[2])
