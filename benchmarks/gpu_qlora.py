@@ -10,7 +10,9 @@ hot moment of the machine falls on both, and the ratio is taken within each roun
 
 How a run is measured, the same on both sides: transformers gives every trainer of a process its DEFAULT_CALLBACKS, and here
 one more, which reads the clock, after the device has done its work, at the end of the last warm-up step and of the last step.
-Loading, quantising, preparing rows, compiling kernels, saving and verifying stand outside. Tokens are upstream's count of
+Loading, quantising, preparing rows, compiling kernels, saving and verifying stand outside. The logged losses of both sides are
+compared step by step. Where both settings of use_liger_kernel are run, one more comparison is recorded, "kernels": scalepeft
+with the kernels against TRL without them. Tokens are upstream's count of
 those in the batches that are not padding. Peak memory is that of torch's allocator in the training process from its start,
 loading included (on a CPU: resident memory); the pages of a paged optimizer are managed by CUDA and not counted.
 
@@ -26,7 +28,7 @@ Needs, for 8b: 17 GB of disk and 17 GB of memory to make the model once (random 
 estimated 24 GB; 1b: 3 GB, 3.3 GB and an estimated 8 GB. tiny runs on a CPU (give it OMP_NUM_THREADS=1) and only shows that
 the script works. liger_kernel must be installed for `--liger on`. Writes benchmarks/results/gpu/qlora-SHAPE.json, where a
 setting that was not run keeps its figures, prints a table and, on a GPU, exits 1 when scalepeft is slower or takes more
-memory than LIMITS allow.
+memory than LIMITS and WITH_KERNELS allow, or learns otherwise.
 """
 
 from __future__ import annotations
@@ -58,6 +60,10 @@ RESULTS = Path(__file__).resolve().parent / "results" / "gpu"
 SIDES = ("scalepeft", "trl")
 LIMITS = {"tokens_per_second": 0.95, "peak_memory_bytes": 1.05}
 """Of scalepeft's figure to TRL's, the median over the rounds: at least for speed, at most for memory."""
+WITH_KERNELS = 1.2
+"""At least scalepeft's speed with fused kernels to that of TRL without."""
+LOSS = 0.02
+"""The largest relative difference of two logged losses: TRL's adapter is in bf16, ours in float32, and kernels round, too."""
 RANK = 16
 WORDS = (  # noqa: SIM905  # a list would take a line a word
     "after again all also and because between but can come could day down even every find first for from give good have "
@@ -147,6 +153,8 @@ def main() -> int:
     output = options.output or RESULTS / f"qlora-{options.shape}.json"
     known = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
     entries = {name: entry(options, steps, found) for name, found in measured.items()}
+    if len(measured) > 1:
+        entries["kernels"] = entry(options, steps, kernels(measured["liger on"], measured["liger off"]), least=WITH_KERNELS)
     output.parent.mkdir(parents=True, exist_ok=True)
     runs.write(output, json.dumps(dict(sorted({**known, **entries}.items())), indent=2) + "\n")
     print(f"\n{summary(entries)}\n\n{output}")
@@ -217,6 +225,7 @@ def write_recipe(work: Path, side: str, shape: Shape, steps: int, *, liger: bool
             "per_device_train_batch_size": shape.batch,
             "max_length": shape.length,
             "packing": True,
+            "train_sampling_strategy": "sequential",  # the same rows in each step of both sides
             "activation_checkpointing": True,
             "bf16": True,
             "optim": "paged_adamw_8bit",
@@ -260,6 +269,7 @@ class Stopwatch(TrainerCallback):
             "seconds": seconds,
             "steps": state.max_steps - self.warmup,
             "tokens": state.num_input_tokens_seen - self.tokens,
+            "losses": [logged["loss"] for logged in state.log_history if "loss" in logged],
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else resident(),
             "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -354,8 +364,15 @@ def flops(shape: Shape, seen: float) -> tuple[float, float]:
 # --- the result --------------------------------------------------------------------------------------------------------
 
 
-def entry(options: argparse.Namespace, steps: int, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is recorded of a setting."""
+def kernels(fused: list[dict[str, Any]], plain: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of scalepeft with fused kernels and those of TRL without."""
+    return [run for run in fused if run["side"] == "scalepeft"] + [run for run in plain if run["side"] == "trl"]
+
+
+def entry(
+    options: argparse.Namespace, steps: int, found: list[dict[str, Any]], *, least: float = LIMITS["tokens_per_second"]
+) -> dict[str, Any]:
+    """What is recorded of a setting; `least` is the target of its ratio of speeds."""
     versions = runs.versions()
     if importlib.util.find_spec("liger_kernel"):
         versions["liger-kernel"] = metadata.version("liger-kernel")
@@ -369,6 +386,8 @@ def entry(options: argparse.Namespace, steps: int, found: list[dict[str, Any]]) 
         "device": found[0]["device"],
         **{side: {key: spread([run[key] for run in found if run["side"] == side]) for key in LIMITS} for side in SIDES},
         "ratio": {key: spread(ratios(found, key)) for key in LIMITS},
+        "least": least,
+        "losses_apart": max(apart(found), default=0.0),
         "runs": [{k: v for k, v in run.items() if k != "device"} for run in found],
         "date": runs.now()[:10],
         "commit": runs.commit(),
@@ -382,6 +401,13 @@ def ratios(found: list[dict[str, Any]], key: str) -> list[float]:
     return [of[number, "scalepeft"] / of[number, "trl"] for number, side in of if side == "trl"]
 
 
+def apart(found: list[dict[str, Any]]) -> list[float]:
+    """The relative differences of the two sides' logged losses, of all rounds."""
+    of = {(run["round"], run["side"]): run["losses"] for run in found}
+    pairs = [zip(of[number, "scalepeft"], losses, strict=True) for (number, side), losses in of.items() if side == "trl"]
+    return [abs(ours - theirs) / theirs for pair in pairs for ours, theirs in pair]
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Median, least and largest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -391,8 +417,9 @@ def misses(of: dict[str, Any]) -> list[str]:
     """The limits that a setting misses; a CPU is not judged."""
     ratio = {key: of["ratio"][key]["median"] for key in LIMITS}
     missed = {
-        "tokens_per_second": ratio["tokens_per_second"] < LIMITS["tokens_per_second"],
+        "tokens_per_second": ratio["tokens_per_second"] < of["least"],
         "peak_memory_bytes": ratio["peak_memory_bytes"] > LIMITS["peak_memory_bytes"],
+        "losses": of["losses_apart"] > LOSS,
     }
     return [key for key, late in missed.items() if late and of["device"] != "cpu"]
 

@@ -58,7 +58,14 @@ def test_a_ratio_is_taken_within_each_round_and_a_cpu_is_not_judged(script):
     speeds = {("scalepeft", 0): 90.0, ("trl", 0): 100.0, ("scalepeft", 1): 20.0, ("trl", 1): 10.0, ("scalepeft", 2): 9.0}
     speeds["trl", 2] = 10.0
     found = [
-        {"round": number, "side": side, "tokens_per_second": speed, "peak_memory_bytes": 100, "device": "NVIDIA H200"}
+        {
+            "round": number,
+            "side": side,
+            "tokens_per_second": speed,
+            "peak_memory_bytes": 100,
+            "device": "NVIDIA H200",
+            "losses": [2.0],
+        }
         for (side, number), speed in speeds.items()
     ]
     options = argparse.Namespace(shape="tiny", attention="sdpa")
@@ -66,6 +73,23 @@ def test_a_ratio_is_taken_within_each_round_and_a_cpu_is_not_judged(script):
     assert entry["ratio"]["tokens_per_second"] == {"median": 0.9, "min": 0.9, "max": 2.0}
     assert script.misses(entry) == ["tokens_per_second"]
     assert script.misses({**entry, "device": "cpu"}) == []
+    assert script.misses({**entry, "losses_apart": 0.1}) == ["tokens_per_second", "losses"]
+
+
+def test_fused_kernels_are_compared_with_trl_without_them(script):
+    def run(side, speed, loss):
+        own = {"round": 0, "side": side, "tokens_per_second": speed, "peak_memory_bytes": 100, "device": "NVIDIA H200"}
+        return {**own, "losses": [loss]}
+
+    fused, plain = (
+        [run("scalepeft", 130.0, 2.0), run("trl", 120.0, 2.1)],
+        [run("scalepeft", 101.0, 2.0), run("trl", 100.0, 2.02)],
+    )
+    options = argparse.Namespace(shape="tiny", attention="sdpa")
+    entry = script.entry(options, 6, script.kernels(fused, plain), least=script.WITH_KERNELS)
+    assert entry["ratio"]["tokens_per_second"]["median"] == 1.3
+    assert entry["losses_apart"] == pytest.approx(0.02 / 2.02)
+    assert script.misses(entry) == []
 
 
 @pytest.mark.long  # four processes, each with its imports

@@ -428,3 +428,28 @@ def test_attention_without_a_backward_pass_here_is_one_line(chat, command):
 def test_what_does_not_page_is_said(chat, train, capsys):
     train(chat(training={"optim": "paged_adamw_32bit", "max_steps": 1}))
     assert "paged_adamw_32bit pages nothing on a CPU" in capsys.readouterr().err
+
+
+# --- what a step costs beside training -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_what_is_summed_until_the_log_is_what_upstream_reads_each_time(chat, train, monkeypatch, loss_type):
+    from trl import SFTTrainer
+
+    from scalepeft.language import SupervisedTrainer
+
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "upstream": []}
+    log = SFTTrainer.log
+    for name, kept in found.items():
+        if name == "upstream":
+            monkeypatch.setattr(SupervisedTrainer, "compute_loss", SFTTrainer.compute_loss)
+        monkeypatch.setattr(SFTTrainer, "log", lambda self, logs, *rest, kept=kept: (log(self, logs, *rest), kept.append(logs)))
+        train(chat(name, training={"max_steps": 3, "logging_steps": 1, "loss_type": loss_type}))
+    assert len(found["ours"]) == len(found["upstream"])
+    for ours, theirs in zip(*found.values(), strict=True):
+        names = {"loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"} & theirs.keys()
+        assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, rel=1e-5)
+    steps = [logs for logs in found["ours"] if "loss" in logs]
+    assert len(steps) == 3
+    assert all(logs.keys() >= {"entropy", "mean_token_accuracy", "num_tokens"} for logs in steps)

@@ -67,6 +67,8 @@ LAYERS = (
         "prefix",
         "trainer",
         "frozen",
+        "heads",
+        "attention",
         "language",
         "kinds",
         "session",

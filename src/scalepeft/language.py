@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import add_fused_lm_head, use_adapter
+from trl.trainer.utils import use_adapter
 
+from scalepeft import attention
 from scalepeft import model as models
 from scalepeft.adapters import copy_reference
 from scalepeft.data import Corpus
 from scalepeft.errors import UserError
+from scalepeft.heads import add_fused_lm_head
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
 from scalepeft.tasks import IGNORED
@@ -47,7 +49,7 @@ class CausalLM:
 
     def ready(self, model: Any, run: Run) -> None:  # noqa: ARG002  # of Preference
         """Give a loaded model the head that `measure` uses, as the trainers give it to theirs: it never holds all logits."""
-        add_fused_lm_head(getattr(model, "get_base_model", lambda: model)(), outputs=("log_probs", "is_top1"))
+        add_fused_lm_head(_base(model), outputs=("log_probs", "is_top1"))
 
     def measure(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Of each row, over its tokens that count: summed negative log-likelihood, tokens guessed right, tokens (rows x 3)."""
@@ -172,6 +174,11 @@ class Preference(CausalLM):
 class LanguageTraining(RecipeTraining):
     """What the trainers of language models share: evaluation without logits, and no files of upstream's."""
 
+    def adopt(self, recipe: Recipe, task: Any, run: Run, corpus: Corpus) -> None:
+        """The same, and the faster attention of CPUs."""
+        super().adopt(recipe, task, run, corpus)
+        attention.install()
+
     def prediction_step(
         self,
         model: Any,
@@ -207,6 +214,8 @@ class SupervisedTrainer(LanguageTraining, SFTTrainer):  # type: ignore[misc]
                 eval_dataset={name: prepared.rows for name, prepared in corpus.evaluation.items()} or None,
                 compute_metrics=self._compute_metrics,
             )
+        add_fused_lm_head(_base(self.model), outputs=("log_probs", "entropy", "is_top1"))
+        self._sums: dict[str, torch.Tensor] = {}
         self.adopt(recipe, task, run, corpus)
         if self.padding_free:
             self.add_callback(Isolation(self, task))
@@ -214,12 +223,54 @@ class SupervisedTrainer(LanguageTraining, SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Upstream's loss, summed over tokens and divided by those of the whole step, and the adapter's own part."""
-        tokens = (inputs["labels"] != IGNORED).sum()
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """Upstream's loss, summed over tokens and divided by those of the whole step, and the adapter's own part.
+
+        Upstream also gathers and reads its figures of every micro-batch, and the device waits for that. Here they are summed
+        where they are, and `log` reads them.
+        """
+        own = self.label_smoother is not None or self.aux_loss_enabled or self.accelerator.parallelism_config is not None
+        if own or return_outputs or num_items_in_batch is None:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            found = model(**inputs, use_cache=False, fused_lm_head=True)
+            losses = -found.log_probs
+            if self.args.loss_type == "dft":
+                losses = losses * found.log_probs.exp().detach()
+            loss = losses.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+            self._add(found, inputs)
         if num_items_in_batch is None or return_outputs:
             return loss
+        tokens = (inputs["labels"] != IGNORED).sum()
         return loss + self.regularisation(tokens / num_items_in_batch * self.accelerator.num_processes)
+
+    def _add(self, found: Any, inputs: Mapping[str, Any]) -> None:
+        seen = (
+            inputs["attention_mask"].sum()
+            if "attention_mask" in inputs
+            else found.label_mask.new_tensor(inputs["input_ids"].numel(), dtype=torch.int64)
+        )
+        sums = {
+            "scored": found.label_mask.sum(),
+            "entropy": found.entropy.detach().sum(),
+            "right": found.is_top1.sum(),
+            "seen": seen,
+        }
+        self._sums = {name: value + self._sums.get(name, 0) for name, value in sums.items()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Upstream's entry, whose entropy and token accuracy are means over the tokens in the loss since the last one."""
+        if self.model.training and self._sums:
+            of = {name: self.accelerator.gather(value.reshape(1)).sum().item() for name, value in self._sums.items()}
+            self._sums = {}
+            self._total_train_tokens += int(of["seen"])
+            scored = max(of["scored"], 1)
+            means = {"entropy": of["entropy"] / scored, "mean_token_accuracy": of["right"] / scored}
+            self._metrics["train"] |= {
+                name: [value] for name, value in {**means, "num_tokens": self._total_train_tokens}.items()
+            }
+        super().log(logs, start_time)
 
 
 class PreferenceTrainer(LanguageTraining, DPOTrainer):  # type: ignore[misc]
@@ -240,6 +291,8 @@ class PreferenceTrainer(LanguageTraining, DPOTrainer):  # type: ignore[misc]
                 eval_dataset={name: prepared.rows for name, prepared in corpus.evaluation.items()} or None,
                 compute_metrics=self._compute_metrics,
             )
+        weighting = ("log_sum_sq_probs",) if self.use_weighting else ()
+        add_fused_lm_head(_base(self.model), outputs=("log_probs", "entropy", "mean_logits", "is_top1", *weighting))
         copy_reference(self.model)
         task.reference = self.ref_model or self.model
         self.adopt(recipe, task, run, corpus)
@@ -306,6 +359,10 @@ class Isolation(TrainerCallback):  # type: ignore[misc]
 _MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """The largest relative difference of logits that rounding explains, by the dtype that computes."""
+
+
+def _base(model: Any) -> Any:
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 @contextlib.contextmanager
