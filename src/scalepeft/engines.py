@@ -43,7 +43,7 @@ def make_ready() -> None:
     one process. Raises UserError where the engine cannot run.
     """
     engine = asked()
-    # accelerate imports DeepSpeed wherever it is installed, to see whether a model is wrapped by it
+    # accelerate would import DeepSpeed wherever it is installed, which takes a second, to see whether a model is wrapped by it
     vars(importlib.import_module("accelerate.utils.other"))["is_deepspeed_available"] = lambda: asked() == "DEEPSPEED"
     if engine == "FSDP" and (on_cpu() or not torch.accelerator.is_available()):
         told = "FSDP needs GPUs: on CPUs accelerate runs DDP in its place; zero3 divides the weights there, too"
