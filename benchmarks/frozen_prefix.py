@@ -111,8 +111,8 @@ def speed(folder: Path, *, short: bool) -> int:
 
 TRIED = (
     "By a profile (CPU time of 32 rows in fp32, one thread), the frozen layers take 71 ms a row and a training step on kept"
-    " states 22 ms. Evaluations that run the whole model each epoch, which was the first thought, would take as long as such an epoch:"
-    " the evaluation sets are kept, too."
+    " states 22 ms. Evaluations that run the whole model each epoch, which was the first thought, would take as long as such an"
+    " epoch: the evaluation sets are kept, too."
 )
 WHAT = (
     "LoRA on the last layer of DistilBERT's shape, rows of MultiNLI's lengths, batches of 8, twelve epochs, each with an"
