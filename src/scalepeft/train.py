@@ -163,9 +163,9 @@ def _train(recipe: Recipe, run: Run, stop: stops.Stop, *, fresh: bool) -> Run:
                 raise
         _record_training(run, corpus, trainer, time.monotonic() - started)
         _record_evaluation(run, trainer)
-        _save(recipe, run, corpus, trainer)
-        if kept is not None and speaks():
+        if kept is not None and speaks():  # before what makes the run a trained one, which is not taken up again
             kept.forget()
+        _save(recipe, run, corpus, trainer)
     trainer.accelerator.end_training()
     return run
 
