@@ -44,6 +44,7 @@ LAYERS = (
         "conversations",
         "preferences",
         "augment",
+        "entries",
         "prepared",
         "packing",
         "streams",
