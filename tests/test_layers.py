@@ -45,6 +45,7 @@ LAYERS = (
         "conversations",
         "preferences",
         "augment",
+        "entries",
         "prepared",
         "packing",
         "streams",

@@ -11,7 +11,8 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from scalepeft.prepared import Prepared, cached
+from scalepeft.entries import cached
+from scalepeft.prepared import Prepared
 
 FORMAT = 1
 """Part of every key: to be raised when a change of this module packs the same rows otherwise."""

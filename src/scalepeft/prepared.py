@@ -10,13 +10,9 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import socket
-import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
@@ -26,13 +22,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import datasets
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from scalepeft import labels as labelling
 from scalepeft.augment import Augmenter
-from scalepeft.errors import UserError, disk_full, one_line
-from scalepeft.fetch import cache_dir
+from scalepeft.entries import cached
+from scalepeft.errors import UserError
 from scalepeft.labels import Labels
 from scalepeft.recipe import Recipe, Source
 from scalepeft.tables import Bad, Opened, Table, Wanted
@@ -189,48 +184,6 @@ class Encoder(Protocol):
 
     def encode(self, rows: Mapping[str, list[Any]], source: Chosen) -> Encoded:
         """The columns of the rows that can be used, and for each row what is wrong with it. Called in another thread."""
-
-
-def cached(key: str, write: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any], bool]:
-    """An entry of the cache, written by one process when it is not there: its folder, its info.json and whether it was there.
-
-    `write` is given a folder beside, puts rows.arrow into it and returns what info.json shall say.
-    """
-    folder = cache_dir() / "prepared" / key
-    info = _complete(folder)
-    reused = info is not None
-    if info is None:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.parent / f".{key}.lock"):
-                info = _complete(folder)  # another process was at it
-                reused = info is not None
-                info = info or _bring(folder, write)
-        except OSError as error:
-            reason = "the disk is full" if disk_full(error) else one_line(error)
-            raise UserError(f"{folder}: cannot be written: {reason}; set SCALEPEFT_CACHE to another folder") from error
-    return folder, info, reused
-
-
-def _bring(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that died: the lock is ours
-        shutil.rmtree(leftover)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    beside.mkdir()
-    try:
-        info = write(beside)
-        info["bytes"] = (beside / "rows.arrow").stat().st_size
-        info["written"] = {"host": socket.gethostname(), "id": uuid.uuid4().hex}
-        with (beside / "info.json").open("w", encoding="utf-8") as stream:
-            json.dump(info, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if folder.exists():  # and not complete
-            shutil.rmtree(folder)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return info
 
 
 class Texts:
@@ -498,15 +451,6 @@ def _text_problem(text: str | None, column: str) -> Bad | None:
 def _place(chosen: Chosen, row: int) -> str:
     lines = chosen.table.lines
     return f"{chosen.part.source.path}{f':{lines[row]}' if lines else ''}: row {row + 1}"
-
-
-def _complete(folder: Path) -> dict[str, Any] | None:
-    """What an entry of the cache says about itself; None when it is absent or damaged."""
-    with suppress(OSError, ValueError, KeyError):
-        info: dict[str, Any] = json.loads((folder / "info.json").read_text(encoding="utf-8"))
-        if (folder / "rows.arrow").stat().st_size == info["bytes"]:
-            return info
-    return None
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
