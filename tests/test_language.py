@@ -440,12 +440,14 @@ def test_what_is_summed_until_the_log_is_what_upstream_reads_each_time(chat, tra
     from scalepeft.language import SupervisedTrainer
 
     found: dict[str, list[dict[str, float]]] = {"ours": [], "upstream": []}
-    log = SFTTrainer.log
+    log, add, added = SFTTrainer.log, SupervisedTrainer._add, []
+    monkeypatch.setattr(SupervisedTrainer, "_add", lambda *given: (added.append(1), add(*given)))
     for name, kept in found.items():
         if name == "upstream":
             monkeypatch.setattr(SupervisedTrainer, "compute_loss", SFTTrainer.compute_loss)
         monkeypatch.setattr(SFTTrainer, "log", lambda self, logs, *rest, kept=kept: (log(self, logs, *rest), kept.append(logs)))
         train(chat(name, training={"max_steps": 3, "logging_steps": 1, "loss_type": loss_type}))
+    assert len(added) == 3, "ours did not run"
     assert len(found["ours"]) == len(found["upstream"])
     for ours, theirs in zip(*found.values(), strict=True):
         names = {"loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"} & theirs.keys()

@@ -25,13 +25,8 @@ def by_document(
     numbers but for rounding. Padding gets zeros, which no document sees. Any other mask is left to upstream.
     """
     tokens, bounds = query.shape[2], options.get("cu_seq_lens_q")
-    spans: list[tuple[int, int, int]] = []
-    if attention_mask is not None and query.device.type == "cpu" and attention_mask.shape[-2:] == (tokens, key.shape[2]):
-        if bounds is not None and len(query) == 1:
-            spans = [(0, start, end) for start, end in itertools.pairwise(bounds.tolist())]
-        elif bounds is None and tokens == key.shape[2]:
-            spans = [(row, 0, length) for row, length in enumerate(_before_padding(attention_mask, len(query)))]
-    if not spans:
+    spans = _spans(attention_mask, len(query), bounds) if query.device.type == "cpu" and tokens == key.shape[2] else []
+    if attention_mask is None or not spans:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return found
     parts = []
@@ -44,14 +39,20 @@ def by_document(
     return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, 0, 0, tokens - part.shape[1])) for part in parts]), None
 
 
-def _before_padding(mask: torch.Tensor, rows: int) -> list[int]:
-    """The tokens of each row, when its last position sees all of them and padding behind them alone; else nothing."""
-    if mask.dtype != torch.bool or mask.shape[:2] != (rows, 1):
+def _spans(mask: torch.Tensor | None, rows: int, bounds: torch.Tensor | None) -> list[tuple[int, int, int]]:
+    """Row, first token and end of each document; none where the mask (rows x 1 x tokens x tokens) is of another kind.
+
+    Padding is known by the last position of each row, which sees all tokens of the document and nothing behind it.
+    """
+    if mask is None or mask.dtype != torch.bool or mask.shape[:2] != (rows, 1) or mask.shape[2] != mask.shape[3]:
         return []
+    if bounds is not None:
+        return [(0, start, end) for start, end in itertools.pairwise(bounds.tolist())] if rows == 1 else []
     last = mask[:, 0, -1]
     lengths = last.sum(-1)
     prefix = torch.arange(last.shape[-1]) < lengths[:, None]
-    return lengths.tolist() if bool((last == prefix).all()) and 0 < int(lengths.min()) < last.shape[-1] else []
+    padded = bool((last == prefix).all()) and 0 < int(lengths.min()) < last.shape[-1]
+    return [(row, 0, length) for row, length in enumerate(lengths.tolist())] if padded else []
 
 
 def install() -> None:

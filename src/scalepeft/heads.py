@@ -75,7 +75,7 @@ class _Head:
         if not plain or hidden.device.type != "cpu" or (weight.requires_grad and torch.is_grad_enabled()):
             found: tuple[torch.Tensor | None, ...] = ChunkedLogProbFunction.apply(hidden, weight, *given)
             return found
-        log_probs, entropies, means, top = LogProbs.apply(hidden, weight, targets)
+        log_probs, entropies, means, top = LogProbs.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
         return log_probs, entropies, None, means, top
 
 
