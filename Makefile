@@ -64,7 +64,7 @@ layouts-table: setup  ## run the layout contract and write docs/layouts.md anew
 	$(BIN)/python benchmarks/layouts_table.py
 
 bench: setup  ## measure what is claimed about speed, by the short form of each script that has one
-	@missed=; for script in $$(grep -l '"--short"' benchmarks/*.py); do \
+	@missed=; for script in $$(grep -l 'argument("--short"' benchmarks/*.py); do \
 		echo "== $$script"; $(BIN)/python $$script --short || missed="$$missed $$script"; done; \
 	if [ -n "$$missed" ]; then echo "missed, or failed:$$missed" >&2; exit 1; fi
 
