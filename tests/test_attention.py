@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.integrations import sdpa_attention
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -19,7 +19,7 @@ MODELS = {
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Attention by document, and the tokens of each call that it makes of upstream's."""
+    """The tokens of each call that attention by document makes of upstream's."""
     lengths: list[int] = []
     sdpa = sdpa_attention.sdpa_attention_forward
 
@@ -28,9 +28,7 @@ def counted(monkeypatch):
         return sdpa(module, query, *rest, **options)
 
     monkeypatch.setattr(attention, "sdpa_attention_forward", counting)
-    attention.install()
-    yield lengths
-    AttentionInterface.register("sdpa", sdpa)
+    return lengths
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -41,8 +39,8 @@ def test_documents_give_the_logits_and_gradients_of_the_mask(counted, kind):
     rows = [{"input_ids": torch.randint(50, (length,)).tolist()} for length in (9, 3, 1, 14)]
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(rows)
     found = []
-    for way in (attention.by_document, sdpa_attention.sdpa_attention_forward):
-        AttentionInterface.register("sdpa", way)
+    for way in (attention.install, lambda model: model.set_attn_implementation("sdpa")):
+        way(model)
         model.zero_grad()
         output = model(**batch, use_cache=False)
         output.loss.backward()
@@ -59,8 +57,8 @@ def test_padding_is_left_out_and_changes_nothing_before_it(counted):
     batch = DataCollatorForLanguageModeling(pad_token_id=0)(rows)
     present = batch["attention_mask"].bool()
     found = []
-    for way in (attention.by_document, sdpa_attention.sdpa_attention_forward):
-        AttentionInterface.register("sdpa", way)
+    for way in (attention.install, lambda model: model.set_attn_implementation("sdpa")):
+        way(model)
         model.zero_grad()
         output = model(**batch, use_cache=False)
         output.loss.backward()
@@ -80,5 +78,16 @@ def test_padding_is_left_out_and_changes_nothing_before_it(counted):
     ],
 )
 def test_other_masks_are_left_to_upstream(counted, kind, mask):
-    MODELS[kind]()(input_ids=torch.randint(50, (2, 6)), attention_mask=torch.tensor(mask), use_cache=False)
+    model = MODELS[kind]()
+    attention.install(model)
+    model(input_ids=torch.randint(50, (2, 6)), attention_mask=torch.tensor(mask), use_cache=False)
     assert counted == [6, 6]
+
+
+def test_other_models_and_what_is_saved_see_no_difference(tmp_path):
+    models = [MODELS["all before"]() for _ in range(2)]
+    attention.install(models[0])
+    assert [model.config._attn_implementation for model in models] == [attention.NAME, "sdpa"]
+    models[0].save_pretrained(tmp_path)
+    assert attention.NAME not in (tmp_path / "config.json").read_text()
+    assert LlamaForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"

@@ -6,8 +6,9 @@ import itertools
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
 def by_document(
@@ -55,6 +56,12 @@ def _spans(mask: torch.Tensor | None, rows: int, bounds: torch.Tensor | None) ->
     return [(row, 0, length) for row, length in enumerate(lengths.tolist())] if padded else []
 
 
-def install() -> None:
-    """Let every model of this process whose attention is sdpa compute it so; other devices and masks see no difference."""
-    AttentionInterface.register("sdpa", by_document)
+NAME = "sdpa_by_document"
+AttentionInterface.register(NAME, by_document)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def install(model: PreTrainedModel) -> None:
+    """Let a model whose attention is sdpa compute it so: other models of the process, and what is saved, see no difference."""
+    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():  # noqa: SLF001  # no public names
+        model.set_attn_implementation(NAME)

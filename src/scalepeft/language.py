@@ -177,7 +177,8 @@ class LanguageTraining(RecipeTraining):
     def adopt(self, recipe: Recipe, task: Any, run: Run, corpus: Corpus) -> None:
         """The same, and the faster attention of CPUs."""
         super().adopt(recipe, task, run, corpus)
-        attention.install()
+        if self.args.device.type == "cpu":
+            attention.install(_base(self.model))
 
     def prediction_step(
         self,
