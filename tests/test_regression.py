@@ -43,13 +43,15 @@ def test_a_regression_learns_and_its_saved_weights_predict_the_same(train, score
     after = run.record["metrics"]["after"]
     assert set(after) == {"pearson", "spearman", "loss"}
     assert after["pearson"] > 0.9 > run.record["metrics"]["before"]["pearson"]
-    again = predict.evaluate(run)
-    assert again["test"] == pytest.approx(run.record["evaluation"]["test"]["after"], abs=1e-5)
+    again, figures = predict.evaluate(run)["test"], run.record["evaluation"]["test"]["after"]
+    # the file says some texts more than once, and what rounding makes of their scores is ranked, too
+    assert again.pop("spearman") == pytest.approx(figures.pop("spearman"), abs=5e-3)
+    assert again == pytest.approx(figures, abs=1e-5)
     predict.predict(run, rows / "test.csv", rows / "scores.csv")
     with (rows / "scores.csv").open(encoding="utf-8") as stream:
         predicted = [float(line["score"]) for line in csv.DictReader(stream)]
     truth = [i % 5 / 2 for i in range(30)]
-    assert pearsonr(predicted, truth)[0] == pytest.approx(again["test"]["pearson"], abs=1e-4)
+    assert pearsonr(predicted, truth)[0] == pytest.approx(again["pearson"], abs=1e-4)
 
 
 def test_the_loss_is_the_mean_squared_error_however_the_batch_is_divided(tiny_tokenizer):

@@ -304,7 +304,7 @@ class PreferenceTrainer(LanguageTraining, DPOTrainer):  # type: ignore[misc]
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
         pairs = torch.stack([(batch["labels"] != IGNORED).sum() for batch in batch_samples]).sum().to(device)
         total: torch.Tensor = self.accelerator.gather(pairs).sum()
-        return total
+        return total.clamp(min=1)  # as RecipeTraining has it
 
     def compute_loss(
         self,

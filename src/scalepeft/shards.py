@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,13 +161,17 @@ def shard_name(number: int, of: int) -> str:
 def write(file: Path, slots: Sequence[Slot], parts: Callable[[Slot], Iterable[torch.Tensor]]) -> str:
     """Write a shard beside and rename it when it is whole and on the disk; returns its sha256.
 
-    `parts` gives a tensor's values in their order, in as many tensors as it likes: no more than one of them is held.
+    `parts` gives a tensor's values in their order, in as many tensors as it likes: no more than two of them are held, the one
+    that is hashed meanwhile among them.
     """
     beside = file.with_name(f"{file.name}.part")
     digest = hashlib.sha256()
-    with beside.open("wb", buffering=0) as stream:
+    with beside.open("wb", buffering=0) as stream, ThreadPoolExecutor(1) as hashing:
+        hashed: Future[None] | None = None
         for content in _contents(slots, parts):
-            digest.update(content)
+            if hashed is not None:
+                hashed.result()
+            hashed = hashing.submit(digest.update, content)
             while content:
                 content = content[stream.write(content) :]  # noqa: PLW2901  # the rest of a short write
         os.fsync(stream.fileno())

@@ -184,6 +184,11 @@ class RecipeTraining(Resumable):
             self.run.update(evaluation={name: {"before": found} for name, found in measured.items()})
         return figures
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+        """Upstream's, and at least 1: a step whose rows are all left out has a loss of 0, not of 0 / 0."""
+        items: torch.Tensor | None = super()._get_num_items_in_batch(batch_samples, device)
+        return None if items is None else items.clamp(min=1)
+
     def regularisation(self, share: torch.Tensor | float) -> torch.Tensor | float:
         """What an adapter adds to the loss of a micro-batch that holds a share of the step's items.
 
