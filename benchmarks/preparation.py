@@ -77,6 +77,11 @@ def write_pairs(file: Path, snippets: Path, rows: int) -> None:
             writer.writerow([one["text"], other["text"][:60], one["label"]])
 
 
+def in_parallel() -> None:
+    """Let tokenizers use all cores: `map` in two processes says that they shall not, and leaves that behind."""
+    os.putenv("TOKENIZERS_PARALLELISM", "true")  # os.environ is a copy of the environment from then on
+
+
 def ways(
     folder: Path, file: Path, rows: int, assets: Path
 ) -> tuple[dict[str, Callable[[], float]], dict[str, Callable[[], float]]]:
@@ -107,6 +112,7 @@ def ways(
             os.environ["SCALEPEFT_CACHE"] = str(cache)
         tokenizer = model.tokenizer(recipe)
         limit = model.longest_input(recipe, tokenizer)
+        in_parallel()
         started = time.perf_counter()
         prepared = data.prepare(recipe, tokenizer, limit=limit).sets["train"]
         taken = time.perf_counter() - started
@@ -117,6 +123,7 @@ def ways(
         tokenizer = AutoTokenizer.from_pretrained(source)
         where = folder / ("map" if not cold else f"map{next(caches)}")
         where.mkdir(exist_ok=True)
+        in_parallel()
         started = time.perf_counter()
         raw.map(
             lambda batch: tokenizer(batch["premise"], batch["hypothesis"], truncation=True, max_length=512),

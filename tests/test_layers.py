@@ -108,6 +108,7 @@ LAYERS = (
         "fitting",
         "plan",
         "doctor",
+        "recording",
         "train",
     ),
     ("cli", "__main__"),

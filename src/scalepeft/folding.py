@@ -5,6 +5,7 @@ What is held in memory is the adapter and one module, of a large one only a bloc
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -224,14 +225,15 @@ class Fold:
             return
         whole, parts = base.weight, list(_parts(module, slot.shape[0]))
         step = max(1, BLOCK // (4 * slot.shape[1]))
-        for start in range(0, slot.shape[0], step):
-            block = value[start : start + step].to(torch.float32, copy=True)
-            base.weight = torch.nn.Parameter(block, requires_grad=False)
-            for owner, name, tensor, dim in parts:
-                owner[name] = tensor.detach().narrow(dim, start, len(block))
-            module.merge()
-            module.merged_adapters.clear()
-            yield base.weight.detach().to(slot.dtype)
+        with _one_thread():
+            for start in range(0, slot.shape[0], step):
+                block = value[start : start + step].to(torch.float32, copy=True)
+                base.weight = torch.nn.Parameter(block, requires_grad=False)
+                for owner, name, tensor, dim in parts:
+                    owner[name] = tensor.detach().narrow(dim, start, len(block))
+                module.merge()
+                module.merged_adapters.clear()
+                yield base.weight.detach().to(slot.dtype)
         base.weight = whole
         for owner, name, tensor, _ in parts:
             owner[name] = tensor
@@ -372,6 +374,17 @@ _ROWS: Mapping[tuple[type, type], Mapping[str, int]] = {
     (vera.Linear, torch.nn.Linear): {"vera_B": 0, "vera_lambda_b": 0},
 }
 """What belongs to each row of a weight, and along which of its dimensions; everything else of a module, to all rows alike."""
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in one thread: a block is too small to be divided, and two took three times the processor's time for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _parts(module: torch.nn.Module, rows: int) -> Iterator[tuple[dict[str, Any], str, torch.Tensor, int]]:

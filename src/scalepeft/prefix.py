@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from scalepeft.model import Trained
 from scalepeft.recipe import Recipe
-from scalepeft.sampler import epoch_order
+from scalepeft.sampler import token_batches
 
 LAYERS = {
     "bert": "encoder.layer",
@@ -155,13 +155,7 @@ class States(Dataset[dict[str, Any]]):
 
     def batches(self) -> list[NDArray[np.integer]]:
         """The numbers of the rows that are computed together, whatever the processes: padding is part of the rounding."""
-        order, start = epoch_order(self.lengths, seed=0, epoch=0, strategy="longest_first"), 0
-        found: list[NDArray[np.integer]] = []
-        while start < len(order):
-            count = max(1, _TOKENS // int(self.lengths[order[start]]))
-            found.append(order[start : start + count])
-            start += count
-        return found
+        return list(token_batches(self.lengths, tokens=_TOKENS))
 
     def file(self, part: int) -> Path:
         """The states that one process has computed."""
