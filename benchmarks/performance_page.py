@@ -32,6 +32,7 @@ TITLES = {
     "merge": "Merging",
     "startup": "Starting",
     "preparation": "Preparing rows",
+    "preparation_again": "Finding prepared rows",
     "evaluation": "Evaluation and prediction",
     "growth": "Growth",
     "step_profile": "Where the time goes",

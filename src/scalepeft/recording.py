@@ -6,18 +6,17 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from scalepeft import adalora, engines, ranks
-from scalepeft.callbacks import MetricsLog
-from scalepeft.data import Corpus
+from scalepeft import ranks
 from scalepeft.errors import Interrupted
 from scalepeft.fetch import asset_path, is_local
 from scalepeft.recipe import Recipe
 from scalepeft.run import Run
-from scalepeft.trainer import RecipeTraining, total_steps
+
+if TYPE_CHECKING:
+    from scalepeft.data import Corpus
+    from scalepeft.trainer import RecipeTraining
 
 
 def begun(
@@ -30,6 +29,11 @@ def begun(
     seen: Sequence[Mapping[str, Any]],
 ) -> None:
     """Record the layout, the parameters, the steps, the revisions and who prepared the rows that the processes have seen."""
+    import torch
+
+    from scalepeft import engines
+    from scalepeft.trainer import total_steps
+
     args, batches = trainer.args, trainer.step_batches()
     dtype = str(next(p.dtype for p in trainer.model.parameters() if p.is_floating_point())).removeprefix("torch.")
     if engines.asked() == "DEEPSPEED":  # which turns the weights into those of its mixed precision
@@ -78,6 +82,10 @@ def _revision(recipe: Recipe) -> dict[str, str]:
 def trained(run: Run, corpus: Corpus, trainer: RecipeTraining, seconds: float) -> None:
     import resource
 
+    import torch
+
+    from scalepeft import adalora
+
     # of a stream, each process has met its own rows alone
     dropped = Counter(dict(corpus.sets["train"].dropped))
     if corpus.streaming:
@@ -105,6 +113,7 @@ def trained(run: Run, corpus: Corpus, trainer: RecipeTraining, seconds: float) -
 def evaluated(run: Run, trainer: RecipeTraining) -> None:
     """Evaluate the weights that will be saved, unless that was just done in training, and draw the curves."""
     from scalepeft import report
+    from scalepeft.callbacks import MetricsLog
 
     state = trainer.state
     reloaded = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
