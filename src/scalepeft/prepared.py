@@ -231,7 +231,7 @@ class Texts:
         tokens = {"input_ids": [encoding.ids for encoding in found]}
         if "token_type_ids" in first:
             tokens["token_type_ids"] = [encoding.type_ids for encoding in found]
-        if any(tokens[name][:1] != ids for name, ids in first.items()):  # a tokenizer that does more than its backend
+        if any(tokens.get(name, [])[:1] != ids for name, ids in first.items()):  # a tokenizer that does more than its backend
             return dict(self.tokenizer(*texts, **how))
         return tokens
 

@@ -31,9 +31,8 @@ def epoch_order(lengths: NDArray[np.integer], *, seed: int, epoch: int, strategy
         return np.arange(rows)
     if strategy == "longest_first":
         longest = int(lengths.max(initial=0))
-        shorter = (longest - lengths).astype(
-            np.uint16 if longest < 2**16 else np.int64
-        )  # of 16 bits numpy sorts in linear time
+        width = np.uint16 if longest < 2**16 else np.int64  # of 16 bits numpy sorts in linear time
+        shorter = (longest - lengths).astype(width)
         return np.argsort(shorter, kind="stable")
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     order = generator.permutation(rows)
