@@ -155,7 +155,7 @@ def speed(run: Run, folder: Path, options: argparse.Namespace) -> int:
             claim="More rows are labelled in a second than by Trainer.predict with its defaults",
             ours="scalepeft",
             other="Trainer.predict",
-            least=3.5 if halves else 1.7,
+            least=3.5,
         ),
         Ratio(
             claim="Labelling keeps up with a bare loop over the same batches", ours="scalepeft", other="bare loop", least=0.9

@@ -108,18 +108,20 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 
 def timed(sizes: Sequence[int], of: Callable[[int], Callable[[], Any]]) -> list[tuple[float, float]]:
-    """The least of three CPU times for each size, after one uncounted."""
+    """The least of three CPU times for each size, of one where they are long, after one uncounted."""
     found: list[tuple[float, float]] = []
     for size in sizes:
         work = of(size)
-        work()
-        times = []
-        for _ in range(3 if size < 10**6 else 1):
-            started = time.process_time()  # of all threads: that of the wall would be that of other programs, too
-            work()
-            times.append(time.process_time() - started)
-        found.append((size, min(times)))
+        first = _cpu_time(work)
+        found.append((size, min(_cpu_time(work) for _ in range(3 if first < 10 else 1))))
     return found
+
+
+def _cpu_time(work: Callable[[], Any]) -> float:
+    """Seconds of all threads: those of the wall would be those of other programs, too."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
 
 
 # --- what grows -------------------------------------------------------------------------------------------------------

@@ -158,6 +158,8 @@ def language_limit(recipe: Recipe, limit: int) -> int:
 class Language:
     """The encoder of conversations, prompts with their completions, preferences and plain text."""
 
+    threads = 1
+
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
         options: dict[str, Any] = {"system_prompt": recipe.data.system_prompt, "max_length": language_limit(recipe, limit)}

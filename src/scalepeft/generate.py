@@ -272,6 +272,8 @@ def _prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, file: Path, li
 class _Prompts:
     """The encoder of what is asked, whatever is answered in the file."""
 
+    threads = 1
+
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
         self.tokenizer, self.limit, self.system_prompt = tokenizer, limit, recipe.data.system_prompt
 

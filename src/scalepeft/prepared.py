@@ -12,7 +12,7 @@ import math
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
@@ -52,8 +52,8 @@ TEXT_EMPTY = "text is empty"
 TEXT_LONG = f"text is longer than {LONGEST_TEXT:,} characters"
 NO_TOKENS = "text gives no tokens"
 
-_BATCH = 1_000  # texts tokenised at a time, and rows of an Arrow record batch
-_AHEAD = 2  # batches that the tokenizer is given before their turn: it computes while Python checks and writes others
+_BATCH = 500  # texts tokenised at a time, and rows of an Arrow record batch
+_AHEAD = 4  # batches that the tokenizer is given before their turn: it computes while Python checks and writes others
 _LISTED = 5  # bad rows named in an error
 
 Integers = NDArray[np.int64]
@@ -183,11 +183,18 @@ class Encoder(Protocol):
         """The columns it gives."""
 
     def encode(self, rows: Mapping[str, list[Any]], source: Chosen) -> Encoded:
-        """The columns of the rows that can be used, and for each row what is wrong with it. Called in another thread."""
+        """The columns of the rows that can be used, and for each row what is wrong with it. Called in other threads."""
+
+    @property
+    def threads(self) -> int:
+        """In how many threads at once."""
 
 
 class Texts:
     """The encoder of classification: a text, or a pair of texts, cut to a number of tokens."""
+
+    threads = 2
+    """The tokenizer uses all cores but for a twelfth of its time, when it hands its tokens to Python, one thread at a time."""
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
@@ -347,7 +354,7 @@ class Preparation:
     ) -> Iterator[tuple[dict[str, list[Any]], list[tuple[str, Bad]]]]:
         """Batches of tokenised rows, each with the rows that cannot be used. After one such, tokenising may be in vain."""
         failed, originals = False, 0
-        worker = ThreadPoolExecutor(1)
+        worker = ThreadPoolExecutor(self.encoder.threads)
         try:
             for (part, good, bad), encoding in self._ahead(self._checked(chosen, labels), worker):
                 if failed or encoding is None:
@@ -382,13 +389,17 @@ class Preparation:
     def _ahead(
         self, batches: Iterator[Checked], worker: ThreadPoolExecutor
     ) -> Iterator[tuple[Checked, Future[Encoded] | None]]:
-        """The batches in their order, each with what becomes of it in another thread; None where nothing is to be tokenised."""
+        """The batches in their order, each with what becomes of it in other threads; None where nothing is to be tokenised."""
         waiting: deque[tuple[Checked, Future[Encoded] | None]] = deque()
-        failed = False
+        failed = begun = False
         for part, good, bad in batches:
             failed = failed or bool(bad and not self.drop)
             use = good["row"] and not failed
-            waiting.append(((part, good, bad), worker.submit(self.encoder.encode, good, part) if use else None))
+            encoding = worker.submit(self.encoder.encode, good, part) if use else None
+            if encoding is not None and not begun:
+                wait([encoding])  # it sets where the tokenizer cuts, which none may do while another tokenises
+                begun = True
+            waiting.append(((part, good, bad), encoding))
             if len(waiting) > _AHEAD:
                 yield waiting.popleft()
         yield from waiting
