@@ -97,7 +97,7 @@ def _rate(trained: Trained, steps: int) -> Callable[[], float]:
 class Trained:
     """A process that trains as many steps as it is told to, and then waits."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, script: str = __file__) -> None:
         self.name = name
         environment = os.environ | {
             "OMP_NUM_THREADS": str(THREADS),
@@ -105,7 +105,7 @@ class Trained:
             "HF_HOME": str(folder / "hub"),
             "HF_HUB_OFFLINE": "1",
         }
-        command = [sys.executable, __file__, "--way", name, "--folder", str(folder)]
+        command = [sys.executable, script, "--way", name, "--folder", str(folder)]
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )

@@ -27,8 +27,10 @@ ROWS, SHORT = 50_000, 20_000
 NOTES = [
     "map without padding, the friendlier of the documented ways: with padding='max_length' it prepared 0.65 times as many rows",
     "CPU time for each row (us, a busy machine): map 175, of which 75 in Python's one thread; scalepeft 105, of which 15 there",
-    "the tokenizer's own threads use all cores, but not while it hands tokens to Python: two threads ahead take turns at that,"
-    " 19,300 rows/s where one makes 16,800 and map 11,200",
+    (
+        "the tokenizer's own threads use all cores, but not while it hands tokens to Python: two threads ahead take turns at"
+        " that, 18,400 rows/s where one makes 16,800 and map 11,200"
+    ),
     "asking the backend for ids alone saves a fifth of the tokenizer's CPU time: 83 us a row against 103",
     "tried without gain: batches of 100, 250, 1,000 or 10,000 rows in place of 500, and three threads",
 ]

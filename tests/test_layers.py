@@ -53,6 +53,7 @@ LAYERS = (
         "refusals",
         "initialisations",
         "adapters",
+        "operators",
         "model",
         "shards",
         "base",

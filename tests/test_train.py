@@ -181,7 +181,6 @@ def test_the_head_is_trained_and_saved_with_the_adapter_and_the_label_names(comp
 
 
 def test_the_adapter_loads_with_upstreams_own_words(complete, tiny_model):
-    import torch
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -357,10 +356,8 @@ def test_a_global_batch_is_accumulated(toy, train, complete):
     assert len(trajectory(run)) == len(trajectory(complete))
 
 
-def test_bf16_autocast_and_bf16_weights_run(toy, train, capfd):
+def test_bf16_autocast_and_bf16_weights_run(toy, train):
     mixed = train(toy("mixed", training={"bf16": True}))
-    slow = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert ("training.bf16: this CPU computes bf16 in software" in capfd.readouterr().err) is slow
     assert mixed.record["layout"]["precision"] == "bf16 over float32"
     pure = train(toy("pure", model={"dtype": "bfloat16"}))
     assert "bfloat16" in pure.record["layout"]["precision"]

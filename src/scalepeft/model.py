@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils import logging as upstream_logging
 
-from scalepeft import adapters
+from scalepeft import adapters, operators
 from scalepeft.errors import RunFailed, did_you_mean, one_line
 from scalepeft.fetch import asset_path
 from scalepeft.initialisations import Examples
@@ -166,6 +166,7 @@ def load(run: Run, *, folded: bool = False) -> Trained:
     `folded` puts the adapter into the weights where the answers then differ by rounding alone: it computes less for each row.
     Raises RunFailed when the run's weights are missing or damaged.
     """
+    operators.speed_up()
     recipe, weights = run.recipe(), str(run.weights)
     vocabulary = len(AutoTokenizer.from_pretrained(weights)) if grows(recipe) else 0
     base = None if recipe.adapter is None else load_base(recipe, run.record["labels"], vocabulary)[0]
@@ -234,6 +235,7 @@ def parameters(model: Trained) -> dict[str, int]:
 
 def load_base(recipe: Recipe, labels: Sequence[str], vocabulary: int = 0) -> tuple[PreTrainedModel, list[str]]:
     """The base without an adapter, and the names of those of its parameters that the checkpoint does not have."""
+    operators.speed_up()
     config = configuration(recipe, labels)
     options: dict[str, Any] = {"dtype": recipe.model.dtype, "use_safetensors": recipe.model.use_safetensors or None}
     if recipe.model.attn_implementation:

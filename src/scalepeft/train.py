@@ -202,11 +202,6 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     for name in arguments.report_to:
         if name not in available:
             raise recipe.error("training.report_to", f"{name!r} is not installed; there are {', '.join(available) or 'none'}")
-    mkldnn = torch.ops.mkldnn  # torch has no public word for what follows
-    fast = hasattr(mkldnn, "_is_mkldnn_bf16_supported") and mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
-    if recipe.precision == "bf16" and arguments.device.type == "cpu" and not fast:
-        # the quickstart, 12 steps of 8 rows on an AVX2 processor: 3.4 rows/s, and 34 in fp32
-        note("training.bf16: this CPU computes bf16 in software, ten times slower than fp32; training.bf16=false leaves it out")
     if "paged" in arguments.optim and arguments.device.type == "cpu":
         note(
             f"training.optim: {recipe.training['optim']} pages nothing on a CPU; it works as the same optimizer without paging"
