@@ -170,7 +170,7 @@ def test_a_70b_recipe_is_planned_in_a_minute_and_little_memory(tmp_path, command
 def test_what_does_not_fit_is_told_with_the_nearest_change_that_does(sft, capsys):
     recipe = sft(per_device_train_batch_size=16, max_length=256)
     peak = forecast.plan(recipe, sharding.Layout(), accelerator=False).found.peak
-    plan.main([str(recipe.document.path), "--cpu", "--memory", f"{peak * 0.6 / 2**20}MiB"])
+    plan.main([str(recipe.document.path), "--cpu", "--memory", f"{(peak * 0.6 + forecast.PROCESS[1]) / 2**20}MiB"])
     said = capsys.readouterr().out
     assert "does not fit" in said
     change = next(line for line in said.splitlines() if line.strip().endswith("  fits"))
@@ -232,30 +232,76 @@ def test_devices_are_named_as_their_makers_do():
     )
 
 
-def test_a_plan_leaves_the_random_numbers_as_they_are(sft, monkeypatch):
-    """As at the start of a training: there on an accelerator, of which this process is told here."""
-    from scalepeft import console, workload
+def test_the_memory_of_a_job_is_what_its_control_group_allows(tmp_path, monkeypatch):
+    whole = hardware.host_memory()
+    job = tmp_path / "system.slice" / "job_7"
+    job.mkdir(parents=True)
+    (tmp_path / "told").write_text("0::/system.slice/job_7\n")
+    monkeypatch.setattr(hardware, "_CONTROL_GROUPS", tmp_path)
+    (job / "memory.max").write_text("max\n")
+    assert hardware.host_memory(tmp_path / "told") <= whole
+    (job.parent / "memory.max").write_text("1048576\n")
+    assert hardware.host_memory(tmp_path / "told") == 2**20
+    assert hardware.host_memory(tmp_path / "nowhere") == whole
+
+
+@pytest.fixture(params=["cpu", "accelerator"])
+def device(request, monkeypatch):
+    """A CPU, or an accelerator, of which this process is told."""
+    monkeypatch.setattr(forecast, "_on_accelerator", lambda: request.param == "accelerator")
+    return request.param
+
+
+def test_a_training_that_begins_is_planned_once(sft, device, monkeypatch, tmp_path):
+    from scalepeft import console, prediction, workload
 
     console.quiet_upstream()
-    recipe = sft(neftune_noise_alpha=5, bf16=True)
-    monkeypatch.setattr(forecast, "_on_accelerator", lambda: True)
+    monkeypatch.setenv("SCALEPEFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(workload, "of", lambda recipe, _: workload.rows(recipe))
+    sketched = []
+    sketch = prediction.sketch
+    monkeypatch.setattr(prediction, "sketch", lambda *a, **k: sketched.append(a) or sketch(*a, **k))
     before = torch.random.get_rng_state()
-    found = forecast.of_training(recipe, None)
-    assert found is not None
-    assert "takes about" in forecast.verdict(found)
+    recipe = sft(neftune_noise_alpha=5, bf16=True)
+    first = forecast.of_training(recipe, None)
     assert torch.equal(before, torch.random.get_rng_state())
+    assert first.peak == forecast.plan(recipe, sharding.Layout(), accelerator=device == "accelerator").found.peak
+    assert first.needed[0] <= first.needed[1] <= first.needed[2]
+    assert first.peak < first.needed[1]
+    sketched.clear()
+    again = forecast.of_training(sft(neftune_noise_alpha=5, bf16=True, learning_rate=3e-4, seed=7), None)
+    assert (again, sketched) == (first, [])
+    other = forecast.of_training(sft(neftune_noise_alpha=5, bf16=True, activation_checkpointing=True), None)
+    assert other.peak < first.peak
+    assert len(sketched) == 1
+    for file in (tmp_path / "cache" / "plans").iterdir():
+        file.write_text("{")
+    assert forecast.of_training(recipe, None) == first
+    assert len(sketched) == 2
 
 
-def test_a_training_that_shows_its_plan_trains_the_same(toy, train, capsys, monkeypatch):
-    """As it does on an accelerator, of which this process is told here."""
-    straight = train(toy("straight"))
-    monkeypatch.setattr(forecast, "_on_accelerator", lambda: True)
-    run = train(toy("planned"))
-    assert "  plan     takes about " in capsys.readouterr().out
-    assert run.record["prediction"]["needed_bytes"] > run.record["prediction"]["peak_bytes"] > 0
+def test_a_training_shows_its_plan_and_trains_the_same(toy, train, device, capsys, monkeypatch):
+    with monkeypatch.context() as without:
+        without.setattr(forecast, "of_training", lambda *_: None)
+        straight = train(toy("straight"))
+    assert "  plan  " not in capsys.readouterr().out
     assert straight.record["prediction"] is None
+    run = train(toy("planned"))
+    told = capsys.readouterr().out
+    assert ("  plan     fits: " if device == "cpu" else "  plan     takes about ") in told
+    assert run.record["prediction"]["needed_bytes"] > run.record["prediction"]["peak_bytes"] > 0
     assert (run.path / "metrics.jsonl").read_bytes() == (straight.path / "metrics.jsonl").read_bytes()
+
+
+def test_no_plan_stops_no_training(toy, train, capfd, monkeypatch):
+    from scalepeft import prediction
+
+    def fails(*_, **__):
+        raise RuntimeError("cannot be drawn")
+
+    monkeypatch.setattr(prediction, "sketch", fails)
+    assert train(toy("unplanned", model={"config": {"num_hidden_layers": 1}})).record["status"] == "complete"
+    assert "no plan of this run: cannot be drawn" in capfd.readouterr().err
 
 
 def test_what_cannot_be_traced_is_an_estimate_with_a_range(sft, monkeypatch):

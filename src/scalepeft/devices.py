@@ -97,14 +97,18 @@ class _Unreal:
 
 @contextlib.contextmanager
 def without_storage(mode: FakeTensorMode) -> Iterator[None]:
-    """Let TRL's loss make its buffers, which are as large as the head, on the tensors of a plan."""
+    """Let the loss of language models, TRL's and that of a CPU, make its buffers on the tensors of a plan."""
     from trl.kernels import chunked_logprob
 
-    vars(chunked_logprob)["torch"] = _Unreal(mode)
+    from scalepeft import heads
+
+    for module in (chunked_logprob, heads):
+        vars(module)["torch"] = _Unreal(mode)
     try:
         yield
     finally:
-        vars(chunked_logprob)["torch"] = torch
+        for module in (chunked_logprob, heads):
+            vars(module)["torch"] = torch
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from scalepeft.console import quiet_upstream, say, table
 from scalepeft.errors import one_line
 from scalepeft.fetch import cache_dir
-from scalepeft.hardware import shown
+from scalepeft.hardware import host_memory, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def _machine() -> Finding:
 
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    told = f"{cores} cores for this process, {shown(memory.total)} of memory, {shown(memory.available)} of it free"
+    told = f"{cores} cores for this process, {shown(host_memory())} of memory, {shown(memory.available)} of it free"
     low = memory.available < 4 * 2**30
     return Finding(what="machine", well=not low, told=told, mend="training a small model takes 2 to 4 GiB" if low else "")
 

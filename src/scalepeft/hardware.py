@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from scalepeft.errors import UserError, did_you_mean
 
@@ -86,3 +89,17 @@ def shown(size: float) -> str:
         if abs(size) >= unit:
             return f"{size / unit:.2f} {name}"
     return f"{size:.0f} B"
+
+
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
+
+def host_memory(told: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes of memory of this host, or fewer where a container or a job allows this process no more."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError):
+        own = _CONTROL_GROUPS / told.read_text(encoding="utf-8").rpartition("::")[2].strip().lstrip("/")
+        for folder in (own, *own.parents):
+            with suppress(OSError, ValueError):  # none there, or `max`
+                found.append(int((folder / "memory.max").read_text(encoding="utf-8")))
+    return min(found)

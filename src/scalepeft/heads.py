@@ -91,3 +91,7 @@ There, TRL projects every position of a batch, computes the tiles again in the b
 scores the targets alone. The two are chosen by names that TRL's function looks up in its module; here it has other ones. Given
 to a model that has TRL's head, it comes before that.
 """
+add_planned_lm_head = FunctionType(
+    utils.add_fused_lm_head.__code__, {**_NAMES, "_use_triton": lambda _: False}, argdefs=utils.add_fused_lm_head.__defaults__
+)
+"""The same for tensors without numbers, which do not say which positions are targets: it takes all for such."""

@@ -12,8 +12,7 @@ from scalepeft import fitting, hardware, sharding
 from scalepeft import recipe as recipes
 from scalepeft.console import say, table
 from scalepeft.errors import UserError
-from scalepeft.forecast import CONTEXT, FRAGMENTS, Plan, plan, verdict
-from scalepeft.hardware import GIB
+from scalepeft.forecast import CONTEXT, FRAGMENTS, PROCESS, Plan, plan, verdict
 
 UTILISATION = 0.4
 """The share of a device's published speed that is taken when --mfu says nothing."""
@@ -93,6 +92,8 @@ def _blocks(found: Plan, options: argparse.Namespace) -> Iterator[str]:
     if found.accelerator:
         rows.append(("  fragmentation (estimate)", hardware.shown(prediction.peak * FRAGMENTS[1])))
         rows.append(("  context and libraries (estimate)", hardware.shown(CONTEXT[1])))
+    else:
+        rows.append(("  Python and libraries (estimate)", hardware.shown(PROCESS[1])))
     yield f"{table(rows)}\n{verdict(found)}"
     yield table([("beside it",), *((f"  {name}", hardware.shown(size)) for name, size in _beside(found).items())])
     yield table(_work(found, options), right=False)
@@ -102,10 +103,6 @@ def _blocks(found: Plan, options: argparse.Namespace) -> Iterator[str]:
 
 def _sorted(items: Mapping[str, int]) -> list[tuple[str, int]]:
     return sorted(items.items(), key=lambda pair: -pair[1])
-
-
-IMPORTS = 1.2 * GIB
-"""What Python with torch, transformers, peft and their kin takes of the host in each process."""
 
 
 def _beside(found: Plan) -> dict[str, int]:
@@ -118,11 +115,11 @@ def _beside(found: Plan) -> dict[str, int]:
     states = prediction.items.get("optimizer states", 0) + prediction.host.get("optimizer states", 0)
     states *= processes if found.layout.engine in ("DEEPSPEED", "FSDP") else 1
     training = sum(prediction.host.values())
-    beside = {"host, each process, in training": int(training + IMPORTS)}
-    beside["host, each process, while loading (estimate)"] = int(max(training, prediction.largest * 2) + IMPORTS)
-    beside["host, each process, while saving (estimate)"] = int(training + prediction.saved + states / processes + IMPORTS)
+    beside = {"host, each process, in training": int(training + PROCESS[2])}
+    beside["host, each process, while loading (estimate)"] = int(max(training, prediction.largest * 2) + PROCESS[2])
+    beside["host, each process, while saving (estimate)"] = int(training + prediction.saved + states / processes + PROCESS[2])
     if found.recipe.adapter is not None:
-        beside["host, merging: the largest tensors (estimate)"] = int(4 * prediction.largest + IMPORTS)
+        beside["host, merging: the largest tensors (estimate)"] = int(4 * prediction.largest + PROCESS[2])
         beside["disk, merged model"] = prediction.unquantised
     beside[f"disk, {kept} checkpoint{'s' if kept > 1 else ''}"] = kept * (prediction.saved + states)
     if found.recipe.cache_frozen_layers is not None:

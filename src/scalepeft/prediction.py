@@ -79,7 +79,11 @@ def sketch(
     """Trace the steps that these layouts need. Raises UserError as `model.build` does."""
     options = checkpointing(recipe)
     drawn = blueprint.build(recipe, labels=labels, checkpointing=options is not None)
-    batch, loss, notes = workload.batch(recipe, workload.without_mask(recipe, lengths)), workload.loss(recipe, drawn.base), []
+    batch, loss, notes = (
+        workload.batch(recipe, workload.without_mask(recipe, lengths)),
+        workload.loss(recipe, drawn.base, accelerator=accelerator),
+        [],
+    )
     tensors = list(_tensors(recipe, drawn))
     steps = {}
     for layout in layouts:

@@ -116,7 +116,7 @@ class RunRecord:
     peak_memory_bytes: int | None = None
     """Peak of the device allocator of rank 0 on an accelerator, of its resident memory on a CPU."""
     prediction: dict[str, int] | None = None
-    """On an accelerator, what `scalepeft plan` predicts of rank 0: peak_bytes of the allocator, needed_bytes with the rest."""
+    """What `scalepeft plan` predicts of rank 0: peak_bytes of the allocator, needed_bytes with the rest."""
     sample: dict[str, str] | None = None
     """Language models: a prompt of the main evaluation set, the answer expected, and those of base and trained model."""
     verification: dict[str, Any] | None = None

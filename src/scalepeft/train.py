@@ -279,7 +279,7 @@ def _tell(
     *,
     new: Sequence[str],
     kept: Frozen | None,
-    planned: forecast.Plan | None,
+    planned: forecast.Expected | None,
 ) -> None:
     """Show what is about to be trained, and record what is expected of it."""
     from scalepeft import panel
@@ -289,7 +289,7 @@ def _tell(
         say(f"  frozen   {kept.told()}")
     if planned is not None:
         say(f"  plan     {forecast.verdict(planned)}")
-        run.update(prediction={"peak_bytes": planned.found.peak, "needed_bytes": planned.needed[1]})
+        run.update(prediction={"peak_bytes": planned.peak, "needed_bytes": planned.needed[1]})
 
 
 def _verify_in_place_of_this(run: Run, stop: stops.Stop) -> None:

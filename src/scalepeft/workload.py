@@ -75,7 +75,7 @@ def _padded(rows: Sequence[int]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
 
 
-def loss(recipe: Recipe, base: Any) -> Callable[[Any, Batch], torch.Tensor]:
+def loss(recipe: Recipe, base: Any, *, accelerator: bool) -> Callable[[Any, Batch], torch.Tensor]:
     """The loss of a micro-batch, from the model that is trained and the batch. `base` is the model without its adapter."""
     if recipe.training.get("neftune_noise_alpha"):
         _noise(base, float(recipe.training["neftune_noise_alpha"]))
@@ -91,10 +91,13 @@ def loss(recipe: Recipe, base: Any) -> Callable[[Any, Batch], torch.Tensor]:
         return classified
     from trl.trainer.utils import add_fused_lm_head
 
+    from scalepeft.heads import add_planned_lm_head
+
+    add_head = add_fused_lm_head if accelerator else add_planned_lm_head
     if recipe.task == "preference":
-        add_fused_lm_head(base)
+        add_head(base)
         return _preferred(float(kinds.option(recipe, "beta")))
-    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    add_head(base, outputs=("log_probs", "entropy", "is_top1"))
 
     def continued(model: Any, given: Batch) -> torch.Tensor:
         found = model(**given, use_cache=False, fused_lm_head=True)
