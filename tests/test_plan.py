@@ -317,6 +317,20 @@ def test_what_cannot_be_traced_is_an_estimate_with_a_range(sft, monkeypatch):
     assert any("cannot be traced" in note and "estimates" in note for note in found.found.notes)
 
 
+def test_the_recipes_dtype_comes_before_that_of_the_configuration(sft, tmp_path):
+    """As from_pretrained loads the weights."""
+    recipe = sft()
+    config = tmp_path / "llama" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}))
+    found = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        recipe = recipes.load(recipe.document.path, [f"model.dtype={dtype}"])
+        found[dtype] = forecast.plan(recipe, sharding.Layout(), accelerator=False).found.items
+    assert found["auto"] == found["bfloat16"]
+    assert found["float32"]["weights"] == 2 * found["bfloat16"]["weights"]
+    assert found["float32"]["activations"] > found["bfloat16"]["activations"]
+
+
 def test_layouts_divide_what_their_engine_divides(sft):
     recipe = sft()
     layouts = [sharding.read(name, 4) for name in ("multi_gpu", "zero2", "zero3")]

@@ -101,7 +101,8 @@ def build(recipe: Recipe, *, labels: list[str], total_steps: int = 100, checkpoi
     if isinstance(how, str) and how != "gaussian":  # made from weights, which are not there; it takes no memory in training
         recipe = replace(recipe, adapter={**(recipe.adapter or {}), "init_lora_weights": True})
     config = model.configuration(recipe, labels)
-    with torch.device("meta"), _default_dtype(_dtype(recipe, config, notes)):
+    config.dtype = _dtype(recipe, config, notes)  # which upstream prefers to the default dtype
+    with torch.device("meta"), _default_dtype(config.dtype):
         with upstream_errors(recipe, "model.name_or_path"):
             base = _skeleton(recipe, config, notes)
         if recipe.quantization is not None:
