@@ -34,6 +34,8 @@ TITLES = {
     "preparation": "Preparing rows",
     "preparation_again": "Finding prepared rows",
     "evaluation": "Evaluation and prediction",
+    "evaluation_memory": "Memory of evaluation",
+    "operators": "Operators of a CPU",
     "growth": "Growth",
     "step_profile": "Where the time goes",
 }

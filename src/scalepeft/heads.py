@@ -91,7 +91,18 @@ There, TRL projects every position of a batch, computes the tiles again in the b
 scores the targets alone. The two are chosen by names that TRL's function looks up in its module; here it has other ones. Given
 to a model that has TRL's head, it comes before that.
 """
-add_planned_lm_head = FunctionType(
-    utils.add_fused_lm_head.__code__, {**_NAMES, "_use_triton": lambda _: False}, argdefs=utils.add_fused_lm_head.__defaults__
-)
-"""The same for tensors without numbers, which do not say which positions are targets: it takes all for such."""
+
+
+def add_planned_lm_head(model: Any, targets: int, *, accelerator: bool, **options: Any) -> None:
+    """The same on tensors without numbers, which cannot say where targets stand: there are so many."""
+
+    class Planned:
+        @staticmethod
+        def apply(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, labels: torch.Tensor, *given: Any) -> tuple[Any, ...]:
+            head = ChunkedLogProbFunction if accelerator else _Head
+            found = head.apply(hidden[:targets].clone(), weight, bias, labels[:targets], *given)
+            return tuple(x if x is None else torch.nn.functional.pad(x, (0, len(labels) - targets)) for x in found)
+
+    names = {**_NAMES, "_ChunkedLogProbFunction": Planned, "_use_triton": lambda _: False}
+    original = utils.add_fused_lm_head
+    FunctionType(original.__code__, names, argdefs=original.__defaults__)(model, **options)

@@ -79,11 +79,8 @@ def sketch(
     """Trace the steps that these layouts need. Raises UserError as `model.build` does."""
     options = checkpointing(recipe)
     drawn = blueprint.build(recipe, labels=labels, checkpointing=options is not None)
-    batch, loss, notes = (
-        workload.batch(recipe, workload.without_mask(recipe, lengths)),
-        workload.loss(recipe, drawn.base, accelerator=accelerator),
-        [],
-    )
+    meant, notes = workload.without_mask(recipe, lengths), list[str]()
+    batch, loss = workload.batch(recipe, meant), workload.loss(recipe, drawn.base, meant, accelerator=accelerator)
     tensors = list(_tensors(recipe, drawn))
     steps = {}
     for layout in layouts:
@@ -105,7 +102,7 @@ def sketch(
             steps[key] = footprint.guess(drawn, max(map(sum, lengths)) * len(lengths), recomputed=options is not None)
             notes.append(f"the step cannot be traced ({one_line(error)[:120]}): activations and operations are estimates")
     large = workload.mask(recipe, lengths)
-    if workload.without_mask(recipe, lengths) is not lengths and not str(recipe.model.attn_implementation).startswith("flash"):
+    if meant is not lengths and not str(recipe.model.attn_implementation).startswith("flash"):
         notes.append(f"attention without its mask, which here would be one of {large:,} elements: flash attention needs none")
     if recipe.cache_frozen_layers is not None:
         notes.append("planned with all layers in each step: with cache_frozen_layers memory, work and time are less")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,9 +45,12 @@ def batch(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> dict[str, torch.T
         padded = _padded([*rows, *rows])
         return {**padded, "completion_mask": padded["attention_mask"]}
     if _end_to_end(recipe):
-        positions = torch.cat([torch.arange(length) for documents in lengths for length in documents])
+        documents = [length for row in lengths for length in row]
+        positions = torch.cat(list(map(torch.arange, documents)))
         ids = torch.zeros(1, len(positions), dtype=torch.int64)
-        return {"input_ids": ids, "position_ids": positions[None], "labels": ids}
+        bounds = torch.tensor([0, *itertools.accumulate(documents)], dtype=torch.int32)
+        found = {"input_ids": ids, "position_ids": positions[None], "labels": ids}
+        return found | {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
     padded = _padded(rows)
     return {**padded, "labels": padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)}
 
@@ -75,8 +79,14 @@ def _padded(rows: Sequence[int]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
 
 
-def loss(recipe: Recipe, base: Any, *, accelerator: bool) -> Callable[[Any, Batch], torch.Tensor]:
-    """The loss of a micro-batch, from the model that is trained and the batch. `base` is the model without its adapter."""
+def loss(
+    recipe: Recipe, base: Any, lengths: Sequence[Sequence[int]], *, accelerator: bool
+) -> Callable[[Any, Batch], torch.Tensor]:
+    """The loss of a micro-batch of such rows, from the model that is trained and the batch.
+
+    `base` is the model without its adapter; it gets the head and the attention that training gives it. Every token but the
+    first of a document is taken for a target.
+    """
     if recipe.training.get("neftune_noise_alpha"):
         _noise(base, float(recipe.training["neftune_noise_alpha"]))
     if not recipe.generative:
@@ -89,15 +99,16 @@ def loss(recipe: Recipe, base: Any, *, accelerator: bool) -> Callable[[Any, Batc
             return found
 
         return classified
-    from trl.trainer.utils import add_fused_lm_head
-
+    from scalepeft import attention
     from scalepeft.heads import add_planned_lm_head
 
-    add_head = add_fused_lm_head if accelerator else add_planned_lm_head
+    if not accelerator:
+        attention.install(base)
+    targets = sum(length - 1 for documents in lengths for length in documents)
     if recipe.task == "preference":
-        add_head(base)
+        add_planned_lm_head(base, 2 * targets, accelerator=accelerator)
         return _preferred(float(kinds.option(recipe, "beta")))
-    add_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    add_planned_lm_head(base, targets, accelerator=accelerator, outputs=("log_probs", "entropy", "is_top1"))
 
     def continued(model: Any, given: Batch) -> torch.Tensor:
         found = model(**given, use_cache=False, fused_lm_head=True)
