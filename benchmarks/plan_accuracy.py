@@ -412,10 +412,10 @@ WHY = """\
 48 GB on a card are 48 GiB, or 51.5 GB. peft's guides give batch and length by their scripts: 2 rows of 2,048 tokens, packed,
 twice accumulated, with flash attention. They do not say in which dtype the rest of the model was that is not quantised. It
 decides: embedding and norms in float32 make the hidden states float32 from block to block, and the 80 that recomputation keeps
-twice as large. So planned, both figures are met; in bf16, as the recipes here train, the same runs take 7 and 8 GB less. They
-do not say either whether their memory is what the allocator gave out or what it held, and their stack differs from this one in
-ways that partly balance: logits were whole (1.3 to 2 GB where the loss here is computed in tiles), DeepSpeed's bucket was its
-own (0.8 GB larger), FSDP was FSDP1."""
+twice as large. So planned, both figures are met to 1 %, which is why it is taken to have been so; in bf16, as the recipes here
+train, the same runs take 7 and 8 GB less. The guides do not say either whether their memory is what the allocator gave out or
+what it held, and their stack differs from this one in ways that partly balance: logits were whole (1.3 to 2 GB where the loss
+here is computed in tiles), DeepSpeed's bucket was its own (0.8 GB larger), FSDP was FSDP1."""
 
 
 def page(kept: Mapping[str, Any]) -> str:

@@ -293,7 +293,7 @@ def test_a_training_shows_its_plan_and_trains_the_same(toy, train, device, capsy
     assert (run.path / "metrics.jsonl").read_bytes() == (straight.path / "metrics.jsonl").read_bytes()
 
 
-def test_no_plan_stops_no_training(toy, train, capfd, monkeypatch):
+def test_no_plan_stops_no_training(toy, train, capsys, monkeypatch):
     from scalepeft import prediction
 
     def fails(*_, **__):
@@ -301,7 +301,7 @@ def test_no_plan_stops_no_training(toy, train, capfd, monkeypatch):
 
     monkeypatch.setattr(prediction, "sketch", fails)
     assert train(toy("unplanned", model={"config": {"num_hidden_layers": 1}})).record["status"] == "complete"
-    assert "no plan of this run: cannot be drawn" in capfd.readouterr().err
+    assert "  plan     none: cannot be drawn" in capsys.readouterr().out
 
 
 def test_what_cannot_be_traced_is_an_estimate_with_a_range(sft, monkeypatch):

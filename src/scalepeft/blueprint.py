@@ -99,7 +99,8 @@ def build(recipe: Recipe, *, labels: list[str], total_steps: int = 100, checkpoi
     notes: list[str] = []
     how = (recipe.adapter or {}).get("init_lora_weights")
     if isinstance(how, str) and how != "gaussian":  # made from weights, which are not there; it takes no memory in training
-        recipe = replace(recipe, adapter={**(recipe.adapter or {}), "init_lora_weights": True})
+        kept = {name: value for name, value in (recipe.adapter or {}).items() if name != f"{how}_config"}
+        recipe = replace(recipe, adapter={**kept, "init_lora_weights": True})
     config = model.configuration(recipe, labels)
     config.dtype = _dtype(recipe, config, notes)  # which upstream prefers to the default dtype
     with torch.device("meta"), _default_dtype(config.dtype):

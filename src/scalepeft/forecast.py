@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalepeft import hardware, sharding
-from scalepeft.console import note, quiet_upstream, speaks
+from scalepeft.console import quiet_upstream, speaks
 from scalepeft.errors import UserError, one_line
 from scalepeft.fetch import cache_dir, offline_if_unreachable
 from scalepeft.hardware import GIB, Device
@@ -150,11 +150,11 @@ class Expected:
     layout: Layout
 
 
-def of_training(recipe: Recipe, corpus: Corpus) -> Expected | None:
-    """What a run takes that is about to begin, on its own rows and this machine; None where nobody is told, or it has no plan.
+def of_training(recipe: Recipe, corpus: Corpus) -> Expected | str | None:
+    """What a run takes that is about to begin, on its own rows and this machine, or why it has no plan; None if nobody is told.
 
-    Found once for a recipe and kept in the cache: to trace a step takes seconds. It leaves the random numbers as they are. What
-    goes wrong with it is told, and stops nothing.
+    Found once for a recipe and kept in the cache: to trace a step takes seconds. It leaves the random numbers as they are, and
+    what goes wrong with it stops nothing: what the recipe got wrong, training says.
     """
     import torch
 
@@ -172,8 +172,7 @@ def of_training(recipe: Recipe, corpus: Corpus) -> Expected | None:
             drawn = prediction.sketch(recipe, rows.longest, rows.labels, [layout], accelerator=accelerator)
         found = prediction.predict(drawn, layout)
     except (UserError, *_FAILS) as error:
-        note(f"no plan of this run: {one_line(error)[:200]}")
-        return None
+        return one_line(error)[:200]
     planned = Plan(recipe=recipe, layout=layout, device=None, rows=rows, found=found, accelerator=accelerator)
     told = {"peak": found.peak, "needed": planned.needed}
     with contextlib.suppress(OSError):  # what is not kept is found again

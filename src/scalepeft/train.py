@@ -279,7 +279,7 @@ def _tell(
     *,
     new: Sequence[str],
     kept: Frozen | None,
-    planned: forecast.Expected | None,
+    planned: forecast.Expected | str | None,
 ) -> None:
     """Show what is about to be trained, and record what is expected of it."""
     from scalepeft import panel
@@ -287,7 +287,9 @@ def _tell(
     say(panel.start(recipe, run, corpus, trainer, new))
     if kept is not None:
         say(f"  frozen   {kept.told()}")
-    if planned is not None:
+    if isinstance(planned, str):
+        say(f"  plan     none: {planned}")
+    elif planned is not None:
         say(f"  plan     {forecast.verdict(planned)}")
         run.update(prediction={"peak_bytes": planned.peak, "needed_bytes": planned.needed[1]})
 
