@@ -364,7 +364,7 @@ def test_bf16_autocast_and_bf16_weights_run(toy, train):
     for run in (mixed, pure):
         assert run.record["status"] == "complete"
         assert run.record["metrics"]["after"]["loss"] < run.record["metrics"]["before"]["loss"]
-        assert predict.evaluate(run)["test"]["loss"] == pytest.approx(run.record["metrics"]["after"]["loss"], rel=1e-2)
+        assert predict.evaluate(run)["test"]["loss"] == pytest.approx(run.record["metrics"]["after"]["loss"], abs=5e-3)
 
 
 def test_the_models_configuration_can_be_set(toy, train):
@@ -458,7 +458,7 @@ def test_a_lengthened_run_goes_on(toy, train):
 def test_fresh_moves_the_old_run_aside(toy, train):
     run = train(toy(training={"num_train_epochs": 1}))
     before = {p.relative_to(run.path): content for p, content in stamps(run.path).items()}
-    again = train(toy(training={"num_train_epochs": 1, "seed": 3}), fresh=True)
+    again = train(toy(training={"num_train_epochs": 1, "seed": 4}), fresh=True)
     aside = run.path.with_name("run.1")
     assert {p.relative_to(aside): content for p, content in stamps(aside).items()} == before
     assert again.record["status"] == "complete"
