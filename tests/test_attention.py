@@ -31,31 +31,8 @@ def counted(monkeypatch):
     return lengths
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_documents_give_the_logits_and_gradients_of_the_mask(counted, kind):
-    torch.manual_seed(0)
-    model = MODELS[kind]()
-    assert model.config._attn_implementation == "sdpa"
-    rows = [{"input_ids": torch.randint(50, (length,)).tolist()} for length in (9, 3, 1, 14)]
-    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(rows)
-    found = []
-    for way in (attention.install, lambda model: model.set_attn_implementation("sdpa")):
-        way(model)
-        model.zero_grad()
-        output = model(**batch, use_cache=False)
-        output.loss.backward()
-        found.append((output.logits.detach(), [p.grad.clone() for p in model.parameters()]))
-    assert counted == [9, 3, 1, 14] * 2
-    torch.testing.assert_close(*(logits for logits, _ in found))
-    torch.testing.assert_close(*(gradients for _, gradients in found))
-
-
-def test_padding_is_left_out_and_changes_nothing_before_it(counted):
-    torch.manual_seed(0)
-    model = MODELS["all before"]()
-    rows = [{"input_ids": torch.randint(50, (length,)).tolist()} for length in (9, 3, 14)]
-    batch = DataCollatorForLanguageModeling(pad_token_id=0)(rows)
-    present = batch["attention_mask"].bool()
+def assert_same_both_ways(model, batch, present):
+    """Logits of the tokens that are present, and gradients, by document and by upstream's mask."""
     found = []
     for way in (attention.install, lambda model: model.set_attn_implementation("sdpa")):
         way(model)
@@ -63,9 +40,28 @@ def test_padding_is_left_out_and_changes_nothing_before_it(counted):
         output = model(**batch, use_cache=False)
         output.loss.backward()
         found.append((output.logits.detach()[present], [p.grad.clone() for p in model.parameters()]))
-    assert counted == [9, 3, 14] * 2
     torch.testing.assert_close(*(logits for logits, _ in found))
     torch.testing.assert_close(*(gradients for _, gradients in found))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_documents_give_the_logits_and_gradients_of_the_mask(counted, kind):
+    torch.manual_seed(0)
+    model = MODELS[kind]()
+    assert model.config._attn_implementation == "sdpa"
+    rows = [{"input_ids": torch.randint(50, (length,)).tolist()} for length in (9, 3, 1, 14)]
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(rows)
+    assert_same_both_ways(model, batch, torch.ones_like(batch["input_ids"], dtype=torch.bool))
+    assert counted == [9, 3, 1, 14] * 2
+
+
+def test_padding_is_left_out_and_changes_nothing_before_it(counted):
+    torch.manual_seed(0)
+    model = MODELS["all before"]()
+    rows = [{"input_ids": torch.randint(50, (length,)).tolist()} for length in (9, 3, 14)]
+    batch = DataCollatorForLanguageModeling(pad_token_id=0)(rows)
+    assert_same_both_ways(model, batch, batch["attention_mask"].bool())
+    assert counted == [9, 3, 14] * 2
 
 
 @pytest.mark.parametrize(

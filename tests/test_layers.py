@@ -106,6 +106,7 @@ LAYERS = (
         "export",
         "export_proof",
         "forecast",
+        "expected",
         "fitting",
         "plan",
         "doctor",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalepeft import forecast, hardware, plan, sharding
+from scalepeft import expected, forecast, hardware, plan, sharding
 from scalepeft import recipe as recipes
 from scalepeft.errors import UserError
 
@@ -248,7 +248,7 @@ def test_the_memory_of_a_job_is_what_its_control_group_allows(tmp_path, monkeypa
 @pytest.fixture(params=["cpu", "accelerator"])
 def device(request, monkeypatch):
     """A CPU, or an accelerator, of which this process is told."""
-    monkeypatch.setattr(forecast, "_on_accelerator", lambda: request.param == "accelerator")
+    monkeypatch.setattr(expected, "_on_accelerator", lambda: request.param == "accelerator")
     return request.param
 
 
@@ -263,26 +263,26 @@ def test_a_training_that_begins_is_planned_once(sft, device, monkeypatch, tmp_pa
     monkeypatch.setattr(prediction, "sketch", lambda *a, **k: sketched.append(a) or sketch(*a, **k))
     before = torch.random.get_rng_state()
     recipe = sft(neftune_noise_alpha=5, bf16=True)
-    first = forecast.of_training(recipe, None)
+    first = expected.of_training(recipe, None)
     assert torch.equal(before, torch.random.get_rng_state())
     assert first.peak == forecast.plan(recipe, sharding.Layout(), accelerator=device == "accelerator").found.peak
     assert first.needed[0] <= first.needed[1] <= first.needed[2]
     assert first.peak < first.needed[1]
     sketched.clear()
-    again = forecast.of_training(sft(neftune_noise_alpha=5, bf16=True, learning_rate=3e-4, seed=7), None)
+    again = expected.of_training(sft(neftune_noise_alpha=5, bf16=True, learning_rate=3e-4, seed=7), None)
     assert (again, sketched) == (first, [])
-    other = forecast.of_training(sft(neftune_noise_alpha=5, bf16=True, activation_checkpointing=True), None)
+    other = expected.of_training(sft(neftune_noise_alpha=5, bf16=True, activation_checkpointing=True), None)
     assert other.peak < first.peak
     assert len(sketched) == 1
     for file in (tmp_path / "cache" / "plans").iterdir():
-        file.write_text("{")
-    assert forecast.of_training(recipe, None) == first
+        file.write_text("{}")
+    assert expected.of_training(recipe, None) == first
     assert len(sketched) == 2
 
 
 def test_a_training_shows_its_plan_and_trains_the_same(toy, train, device, capsys, monkeypatch):
     with monkeypatch.context() as without:
-        without.setattr(forecast, "of_training", lambda *_: None)
+        without.setattr(expected, "of_training", lambda *_: None)
         straight = train(toy("straight"))
     assert "  plan  " not in capsys.readouterr().out
     assert straight.record["prediction"] is None

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from scalepeft import forecast, launch, push, ranks, stops, upstream
+from scalepeft import expected, forecast, launch, push, ranks, stops, upstream
 from scalepeft import recipe as recipes
 from scalepeft import run as runs
 from scalepeft.console import note, quiet_upstream, say, speaks
@@ -126,7 +126,7 @@ def _train(recipe: Recipe, run: Run, stop: stops.Stop, *, fresh: bool) -> Run:
             "_written": {name: prepared.written for name, prepared in corpus.sets.items()},
         }
     )
-    planned = forecast.of_training(recipe, corpus)  # before DeepSpeed's arguments, which would divide the plan's model, too
+    planned = expected.of_training(recipe, corpus)  # before DeepSpeed's arguments, which would divide the plan's model, too
     # several processes form their group here, after all preparation
     arguments = _arguments(recipe, run, resumed=state == "unfinished")
     engines.refuse(recipe, arguments)
@@ -279,7 +279,7 @@ def _tell(
     *,
     new: Sequence[str],
     kept: Frozen | None,
-    planned: forecast.Expected | str | None,
+    planned: expected.Expected | str | None,
 ) -> None:
     """Show what is about to be trained, and record what is expected of it."""
     from scalepeft import panel
