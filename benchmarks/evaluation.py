@@ -86,10 +86,10 @@ def speed(run: Run, folder: Path, options: argparse.Namespace) -> int:
     import torch
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-    from scalepeft import data, kinds, model
+    from scalepeft import data, kinds, model, operators
     from scalepeft.predict import Computing
 
-    halves = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) or torch.accelerator.is_available()  # noqa: SLF001
+    halves = operators.computes(torch.bfloat16) or torch.accelerator.is_available()
     file = folder / "new.csv"
     write_pairs(file, fetch.asset_path("fetched:movie-review-snippets/test.csv"), options.rows)
     recipe = run.recipe([f"training.bf16={str(halves).lower()}"])

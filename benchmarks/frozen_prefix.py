@@ -62,12 +62,14 @@ def speed(folder: Path, *, short: bool) -> int:
     """Seconds of twelve epochs."""
     import torch
 
+    from scalepeft import operators
+
     os.environ["SCALEPEFT_CACHE"] = str(folder / "cache")
     rows = 32 if short else 96
     shape(folder / "base")
     for name in ("train", "test"):
         pairs(folder / f"{name}.csv")
-    in_hardware = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001  # torch has no public word for it
+    in_hardware = operators.computes(torch.bfloat16)
     base: dict[str, Any] = {
         "extends": os.path.relpath(ROOT / "recipes" / "mnli_lora_fast.yaml", folder),
         "model": {"name_or_path": str(folder / "base")},

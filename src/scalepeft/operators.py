@@ -41,6 +41,9 @@ def speed_up() -> torch.library.Library:
 
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+_FEW = 8
+"""Rows up to which torch's own product with a transposed matrix is faster, as in generation: of one row and a vocabulary of
+49,152 it takes 2 ms, and to make the matrix one of float32 57 ms."""
 
 
 def _in_float32(name: str, slow: frozenset[torch.dtype]) -> Callable[..., torch.Tensor]:
@@ -48,9 +51,11 @@ def _in_float32(name: str, slow: frozenset[torch.dtype]) -> Callable[..., torch.
     product: Callable[..., torch.Tensor] = getattr(torch.ops.aten, name).out
 
     def multiplied(*tensors: torch.Tensor, **scales: Any) -> torch.Tensor:
-        dtype = tensors[-1].dtype
-        if dtype not in slow or any(tensor.dtype is not dtype for tensor in tensors):  # which torch refuses in its own words
-            return product(*tensors, **scales, out=tensors[-2].new_empty(0))
+        left, right = tensors[-2:]
+        dtype = right.dtype
+        own = dtype not in slow or any(tensor.dtype is not dtype for tensor in tensors)  # which torch refuses in its own words
+        if own or (left.dim() > 1 and left.shape[-2] <= _FEW and right.stride(-2) == 1):
+            return product(*tensors, **scales, out=left.new_empty(0))
         found = product(*(tensor.float() for tensor in tensors), **scales, out=torch.empty(0))
         return found.to(dtype)
 
