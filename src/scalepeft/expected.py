@@ -45,11 +45,13 @@ def of_training(recipe: Recipe, corpus: Corpus) -> Expected | str | None:
     what goes wrong with it stops nothing: what the recipe got wrong, training says.
     """
     import torch
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from scalepeft import prediction, workload
 
     if not speaks():
         return None
+    unset_hf_deepspeed_config()  # of an earlier training of this process: under ZeRO-3 it would divide the plan's model, too
     accelerator, layout = _on_accelerator(), sharding.launched()
     try:
         rows = workload.of(recipe, corpus)
