@@ -188,7 +188,7 @@ def memory(folder: Path) -> int:
     torch.set_num_threads(os.cpu_count() or 1)
     grown = {name: (points[-1][1] - points[0][1]) * 2**20 / (points[-1][0] - points[0][0]) for name, points in curves.items()}
     found = {name: [max(value, 0.0)] for name, value in grown.items()} | {"allowed": [float(BYTES_A_ROW)]}
-    claim = "holds a few numbers of each row, whatever the classes; the Trainer keeps all logits"
+    claim = "Evaluation holds a few numbers of each row, whatever the classes; the Trainer keeps all logits"
     return keep(
         "evaluation_memory",
         what=f"anonymous memory that each further row takes, {MEMORY_CLASSES:,} classes (its logits: {MEMORY_CLASSES * 4:,} B)",

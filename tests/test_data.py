@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -100,6 +101,24 @@ def test_what_is_tokenised_ahead_keeps_order_and_numbers(prepare, tiny_tokenizer
     assert "2 rows of" in refused(prepare, rows)
     good = [text for text, _ in rows if text.strip()]
     assert parts.rows["input_ids"][:] == tiny_tokenizer(good, truncation=True, max_length=32)["input_ids"]
+
+
+def test_the_first_batch_is_tokenised_alone(prepare, monkeypatch):
+    """It tells the tokenizer where to cut; the others use two threads."""
+    begun, ended, encode = [], [], prepared.Texts.encode
+
+    def watched(self, rows, source):
+        begun.append((rows["row"][0], len(ended)))
+        found = encode(self, rows, source)
+        time.sleep(0.02)  # or the first would have ended by itself
+        ended.append(rows["row"][0])
+        return found
+
+    monkeypatch.setattr(prepared, "_BATCH", 2)
+    monkeypatch.setattr(prepared.Texts, "encode", watched)
+    prepare([(f"good film {n}", "pos" if n % 2 else "neg") for n in range(12)])
+    assert begun[:2] == [(0, 0), (2, 1)]
+    assert any(before < place for place, (_, before) in enumerate(begun)), "never two at once"
 
 
 def test_a_tokenizer_that_does_more_than_its_backend_is_asked_itself(prepare, tiny_tokenizer):

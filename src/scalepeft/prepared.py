@@ -397,7 +397,7 @@ class Preparation:
             use = good["row"] and not failed
             encoding = worker.submit(self.encoder.encode, good, part) if use else None
             if encoding is not None and not begun:
-                wait([encoding])  # it sets where the tokenizer cuts, which none may do while another tokenises
+                wait([encoding])  # it sets where the tokenizer cuts; tokenizers before 0.23 may refuse that while they tokenise
                 begun = True
             waiting.append(((part, good, bad), encoding))
             if len(waiting) > _AHEAD:
