@@ -97,8 +97,9 @@ depends on the rows beside it, or on chance, and so on how a step is divided.
   {zero3}; under FSDP2 other than
   {fsdp2}; initialisations of LORA that change the base's weights under ZeRO-3.
 - Optimizers that look at the shape of a parameter (adafactor, galore, ...) under ZeRO; those of bitsandbytes under FSDP2, so
-  that QLoRA there needs `training.optim: adamw_torch_fused`; others than AdamW where ZeRO offloads its states, for they would
-  become AdamW in silence.
+  that QLoRA there needs `training.optim: adamw_torch_fused`, and where ZeRO offloads states, which torch's own step on the
+  host. DeepSpeedCPUAdam, which upstream would put in their place, is not used: its steps are up to 7e-6 off, and no faster
+  (`benchmarks/host_optimizer.py`).
 
 One process that dies ends all others, within 30 seconds on its machine, and its error is told once. Where a whole machine is
 lost, its peers end with their next exchange, or after `training.ddp_timeout` seconds.

@@ -36,6 +36,7 @@ TITLES = {
     "evaluation": "Evaluation and prediction",
     "evaluation_memory": "Memory of evaluation",
     "operators": "Operators of a CPU",
+    "host_optimizer": "Optimizer of ZeRO with offload",
     "growth": "Growth",
     "step_profile": "Where the time goes",
 }

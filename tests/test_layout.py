@@ -5,6 +5,7 @@ With SCALEPEFT_RECORD_LAYOUTS=FILE each comparison appends what it measured to F
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,15 +14,17 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import write_chat, write_toy
 from safetensors.torch import load_file
 
-from scalepeft import launch, predict
+from scalepeft import engines, launch, predict
 from scalepeft import recipe as recipes
 from scalepeft.console import quiet_upstream
+from scalepeft.errors import UserError
 from scalepeft.run import Run
 
 SEVERAL = Path(__file__).with_name("several.py")
@@ -75,10 +78,13 @@ RECIPES = {
     "decoder, LoRA": write_chat,
     "decoder, LoRA, checkpointing": partial(write_chat, training={"activation_checkpointing": True}),
     "decoder, QLoRA": partial(write_chat, quantization=NF4),
+    "decoder, LoRA, adagrad": partial(write_chat, training={"optim": "adagrad"}),
     "decoder, DPO": partial(write_chat, task="preference"),
 }
 """70 rows for the encoders: four steps of 16 and one of 6, which neither 1x4x4 nor 2x8 divides evenly. 44 for the decoders."""
 
+OFFLOADED = ("1x16", "2x4x2 ZeRO-3, offload")
+"""Where adagrad is trained: the recipe's own optimizer steps on the host, and none that upstream puts in its place."""
 IN_FOUR_BITS = ("1x16", "1x4x4", "2x8", "2x4x2", "2x8 ZeRO-2", "2x8 ZeRO-3", "2x8 FSDP2, 4-bit")
 QUICK = {
     "1x4x4": ("encoder, LoRA", "encoder, LoRA, dropout", "decoder, LoRA", "decoder, DPO"),
@@ -90,7 +96,8 @@ def recipes_of(layout: str) -> list[str]:
     """What is trained on a layout."""
     if layout == "2x8 FSDP2, 4-bit":
         return ["decoder, QLoRA"]
-    return [name for name in RECIPES if "QLoRA" not in name or layout in IN_FOUR_BITS]
+    only = {"QLoRA": IN_FOUR_BITS, "adagrad": OFFLOADED}
+    return [name for name in RECIPES if all(layout in layouts for word, layouts in only.items() if word in name)]
 
 
 COMPARED = [
@@ -308,6 +315,23 @@ def test_what_zero_3_cannot_serve_is_refused_once_before_training(chat, command,
     assert told in problems[0]
     assert problems[0].startswith(f"{recipe}:")
     assert not (recipe.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("optim", "offload", "told"),
+    [
+        ("paged_adamw_32bit", "cpu", "ZeRO-3 with offload: its states are on the host already; it serves adamw_torch,"),
+        ("adafactor", "cpu", "ZeRO-3 with offload: it does not treat each number"),
+        ("adagrad", "cpu", None),
+        ("paged_adamw_32bit", "none", None),
+    ],
+)
+def test_with_offload_an_optimizer_of_torch_is_asked_for(toy, monkeypatch, optim, offload, told):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    plugin = SimpleNamespace(zero_stage=3, offload_optimizer_device=offload)
+    args = SimpleNamespace(world_size=2, optim=optim, deepspeed_plugin=plugin)
+    with pytest.raises(UserError, match=told) if told else contextlib.nullcontext():
+        engines.refuse(recipes.load(toy()), args)
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])

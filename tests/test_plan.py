@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalepeft import expected, forecast, hardware, plan, sharding
+from scalepeft import engines, expected, fitting, forecast, hardware, plan, sharding
 from scalepeft import recipe as recipes
 from scalepeft.errors import UserError
 
@@ -175,6 +175,16 @@ def test_what_does_not_fit_is_told_with_the_nearest_change_that_does(sft, capsys
     assert "does not fit" in said
     change = next(line for line in said.splitlines() if line.strip().endswith("  fits"))
     assert "per_device_train_batch_size=8 x 2 accumulated" in change
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch"])
+def test_offload_is_proposed_with_an_optimizer_that_steps_on_the_host(sft, optim):
+    recipe = sft(optim=optim)
+    found = forecast.plan(recipe, sharding.read("multi_gpu", 2), accelerator=False)
+    (change, *_) = [c for c in fitting._changes(found) if c.told.startswith("--launch zero3_offload")]
+    other = optim not in engines.OF_TORCH
+    assert change.overrides == (("training.optim=adamw_torch_fused",) if other else ())
+    assert ("training.optim" in change.told) is other
 
 
 @pytest.mark.long

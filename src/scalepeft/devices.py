@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,33 +96,35 @@ class _Unreal:
         return made
 
 
+def _loaded(*names: str) -> list[Any]:
+    """Modules of a language model's loss; a classifier's plan does without TRL, whose import takes a second."""
+    return [sys.modules[name] for name in names if name in sys.modules]
+
+
 @contextlib.contextmanager
 def without_storage(mode: FakeTensorMode) -> Iterator[None]:
     """Let the loss of language models, TRL's and that of a CPU, make its buffers on the tensors of a plan."""
-    from trl.kernels import chunked_logprob
-
-    from scalepeft import heads
-
-    for module in (chunked_logprob, heads):
+    modules = _loaded("trl.kernels.chunked_logprob", "scalepeft.heads")
+    for module in modules:
         vars(module)["torch"] = _Unreal(mode)
     try:
         yield
     finally:
-        for module in (chunked_logprob, heads):
+        for module in modules:
             vars(module)["torch"] = torch
 
 
 @contextlib.contextmanager
 def as_accelerator() -> Iterator[None]:
     """Run what an accelerator would, where that holds other bytes than a CPU."""
-    from trl.kernels import chunked_logprob
 
     def nothing(*_: Any, **__: Any) -> None:
         """TRL's Triton kernels work within their tile."""
 
     acting: list[tuple[Any, str, Any]] = [(F, name, _in_fp32(getattr(F, name))) for name in _IN_FP32]
     acting += [(F, "dropout", _dropout), (F, "scaled_dot_product_attention", _attention)]
-    acting += [(chunked_logprob, name, nothing) for name in ("_forward_tile", "_backward_tile")]
+    kernels = _loaded("trl.kernels.chunked_logprob")
+    acting += [(module, name, nothing) for module in kernels for name in ("_forward_tile", "_backward_tile")]
     before = [(module, name, getattr(module, name)) for module, name, _ in acting]
     for module, name, function in acting:
         setattr(module, name, function)

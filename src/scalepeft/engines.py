@@ -86,12 +86,16 @@ def before_fsdp(accelerator: Any, model: Any) -> None:
 
 
 def before_deepspeed(accelerator: Any, model: Any) -> None:
-    """Let DeepSpeed's bucket for gradients hold no more than all that is trained; without DeepSpeed there is nothing to do.
+    """Say of DeepSpeed what the launch file leaves open; without DeepSpeed there is nothing to do.
 
-    Its own holds 500 million numbers, 1 GB in bf16, whatever is trained. One that the launch file names stays as it is.
+    Its bucket for gradients holds no more than all that is trained, for its own holds 500 million numbers, 1 GB in bf16,
+    whatever is trained. With offload the recipe's own optimizer steps on the host: DeepSpeedCPUAdam, which would take the
+    place of any other, must be compiled and corrects its bias in float32, which makes its steps up to 7e-6 too long or too
+    short; torch's fused AdamW is as fast on a CPU (benchmarks/host_optimizer.py).
     """
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
+        plugin.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         plugin.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", min(trained, sharding.BUCKET))
 
@@ -115,8 +119,8 @@ _NOT_IN_PARTS = {
 }
 """Options of LORA by which it was not."""
 
-_BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "adagrad", "sgd", "rmsprop")
-_BY_ELEMENT_OF_BITSANDBYTES = (
+OF_TORCH = ("adamw_torch", "adamw_torch_fused", "adagrad", "sgd", "rmsprop")
+_OF_BITSANDBYTES = (
     "adamw_bnb_8bit", "adamw_8bit", "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit", "rmsprop_bnb", "rmsprop_bnb_8bit",
     "rmsprop_bnb_32bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
     "paged_lion_32bit", "paged_lion_8bit",
@@ -168,11 +172,12 @@ def refuse(recipe: Recipe, args: TrainingArguments) -> None:
         raise recipe.error("adapter", f"peft does not train single tokens under {name} here; use --launch zero2")
     if name == "FSDP2" and recipe.generative and adapter.get("modules_to_save"):
         raise recipe.error("adapter.modules_to_save", "is not trained the same under FSDP2; use --launch zero3")
-    served: tuple[str, ...] = _BY_ELEMENT if engine == "FSDP" else (*_BY_ELEMENT, *_BY_ELEMENT_OF_BITSANDBYTES)
-    served = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit") if offloads else served
+    of_torch = engine == "FSDP" or offloads
+    served: tuple[str, ...] = OF_TORCH if of_torch else (*OF_TORCH, *_OF_BITSANDBYTES)
     if optim not in served:
-        told = "it would become DeepSpeedCPUAdam" if offloads else "it does not treat each number of a parameter by itself"
-        told = "bitsandbytes has no step for parameters in parts" if engine == "FSDP" and "bit" in optim else told
+        told = "it does not treat each number of a parameter by itself"
+        if optim in _OF_BITSANDBYTES:
+            told = "its states are on the host already" if offloads else "bitsandbytes has no step for parameters in parts"
         told = f"{optim} under {name}{' with offload' if offloads else ''}: {told}; it serves {', '.join(served[:4])}"
         raise recipe.error("training.optim", told)
 
@@ -190,11 +195,10 @@ def check(recipe: Recipe, engine: str) -> None:
 def _builders() -> list[Any]:
     from deepspeed.accelerator import get_accelerator
 
-    names = ["ShareMemCommBuilder"] if get_accelerator().device_name() == "cpu" else []
-    if os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none":
-        names.append("CPUAdamBuilder")
-    found = [get_accelerator().create_op_builder(name) for name in names]
-    return [builder for builder in found if builder is not None and type(builder).__name__ != "NotImplementedBuilder"]
+    if get_accelerator().device_name() != "cpu":
+        return []
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    return [] if builder is None or type(builder).__name__ == "NotImplementedBuilder" else [builder]
 
 
 def _compile(builder: Any) -> None:

@@ -68,7 +68,7 @@ def _changes(found: Plan) -> Iterator[Change]:
 
 def _same_training(found: Plan) -> Iterator[Change]:
     """Smaller micro-batches of the same steps, recomputed activations, and weights that are divided."""
-    from scalepeft import prediction
+    from scalepeft import engines, prediction
 
     recipe, layout = found.recipe, found.layout
     recomputed = prediction.checkpointing(recipe) is not None
@@ -98,8 +98,11 @@ def _same_training(found: Plan) -> Iterator[Change]:
         for name in ("zero2", "zero3", "zero3_offload"):
             new = sharding.read(name, layout.processes)
             if (new.stage, new.parameters_on_host) > (layout.stage, layout.parameters_on_host) and layout.engine != "FSDP":
-                yield Change(told=f"--launch {name}", layout=new)
-                yield Change(told=", ".join(filter(None, (f"--launch {name}", told))), overrides=given, layout=new)
+                on_host = new.optimizer_on_host and prediction.optim(recipe) not in engines.OF_TORCH
+                stepped = ("training.optim=adamw_torch_fused",) if on_host else ()
+                launched = ", ".join((f"--launch {name}", *stepped))
+                yield Change(told=launched, overrides=stepped, layout=new)
+                yield Change(told=", ".join(filter(None, (launched, told))), overrides=(*stepped, *given), layout=new)
 
 
 def _other_training(found: Plan) -> Iterator[Change]:
