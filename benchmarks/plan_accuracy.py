@@ -77,6 +77,9 @@ def grid() -> dict[str, dict[str, Any]]:
         add(model, "full", 8, 128, accumulation=4)
         add(model, "LoRA", 8, 256, dropout=True)
         add(model, "LoRA", 16, 256, eager=True)
+        add(model, "LoRA", 16, 128, bf16=True)
+        add(model, "QLoRA", 16, 256, bf16=True, checkpointing=True)
+        add(model, "LoRA", 8, 256, bf16=True, dropout=True)
     for layout in LAYOUTS:
         add("encoder", "LoRA", 16, 256, layout=layout)
         add("decoder", "full", 16, 256, layout=layout)
@@ -102,7 +105,7 @@ def write(folder: Path, case: Mapping[str, Any]) -> Path:
     training = {
         "output_dir": str(folder / "run"), "max_steps": 3, "per_device_train_batch_size": case["batch"], "save_strategy": "no",
         "gradient_accumulation_steps": case.get("accumulation", 1), "activation_checkpointing": bool(case.get("checkpointing")),
-        "bf16": False, "use_cpu": case.get("device", "cpu") == "cpu", "optim": "adamw_torch_fused", "logging_steps": 1,
+        "bf16": "bf16" in case, "use_cpu": case.get("device", "cpu") == "cpu", "optim": "adamw_torch_fused", "logging_steps": 1,
         "train_sampling_strategy": "sequential",
     }  # fmt: skip
     recipe: dict[str, Any] = {
@@ -116,7 +119,7 @@ def write(folder: Path, case: Mapping[str, Any]) -> Path:
     if case["adapter"] != "full":
         recipe["adapter"] = LORA | {"lora_dropout": dropout}
     if case["adapter"] == "QLoRA":
-        recipe["quantization"] = NF4
+        recipe["quantization"] = NF4 | ({"bnb_4bit_compute_dtype": "bfloat16"} if case.get("bf16") else {})
     if case["adapter"] == "LoRA on 8 bits":
         recipe["quantization"] = {"load_in_8bit": True}
     if encoder:
@@ -280,10 +283,13 @@ def main() -> int:
         print(
             f"{name:50} {entry['measured'] / 2**20:10.1f} {entry['predicted']['peak'] / 2**20:10.1f} MiB {off:+.1%}", flush=True
         )
+    from scalepeft import operators
+
     kept["cases"] = {name: kept["cases"][name] for name in grid() if kept["cases"].get(name)}
     kept |= {
         "date": dt.datetime.now().astimezone().date().isoformat(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
+        "halves": "no bf16 and multiplies in fp32" if operators.slow() else "bf16",
     }
     kept["published"] = {name: published(**case) for name, case in PUBLISHED.items()}
     KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -391,8 +397,9 @@ been measured yet: the script is ready for one, and takes the allocator's own pe
 
 ## Predicted and measured
 
-`scalepeft train`, three steps of small models with random weights on CPUs in fp32; measured by torch's profiler, to which the
-allocator reports what it gives out. {date}, with {versions}. DDP and ZeRO with two processes, rank 0.
+`scalepeft train`, three steps of small models with random weights on CPUs in fp32, and in bf16 where that is said (on a
+processor that has {halves}); measured by torch's profiler, to which the allocator
+reports what it gives out. {date}, with {versions}. DDP and ZeRO with two processes, rank 0.
 {summary}
 
 {table}
@@ -431,6 +438,7 @@ def page(kept: Mapping[str, Any]) -> str:
         rows.append(f"| {name} | {of['told']} | {of['peak'] / 1e9:.1f} GB | {of['needed'][1] / 1e9:.1f} GB | {of['source']} |")
     return PROSE.format(
         date=kept["date"],
+        halves=kept["halves"],
         versions=", ".join(f"{name} {version}" for name, version in kept["versions"].items()),
         summary=f"Of {len(cases)} cases the median error is {median:.1%}, the largest {worst:.1%}; "
         f"none lies more than {max(under, 0):.1%} below. What was measured has also corrected the plan (when ZeRO makes its "

@@ -1,9 +1,12 @@
 """Operators that are replaced on some processors: the same numbers, and masks of the distribution that was asked for."""
 
+import itertools
+import json
+
 import pytest
 import torch
 
-from scalepeft import operators
+from scalepeft import devices, operators
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -48,10 +51,44 @@ def test_other_products_are_those_of_torch():
 
 
 def test_what_is_slow_here_is_replaced_and_nothing_else():
-    slow = not all(map(operators.computes, HALVES))
+    slow = bool(operators.slow())
     for name in ("mm", "addmm", "bmm", "baddbmm"):
         assert ("operators.py" in torch._C._dispatch_dump(f"aten::{name}")) is slow
     assert "operators.py" in torch._C._dispatch_dump("aten::bernoulli_.float")
+
+
+def most_allocated(function, tmp_path) -> int:
+    """Bytes, as the allocator reports them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = function()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    reports = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    del kept
+    return max(itertools.accumulate(report["args"]["Bytes"] for report in reports))
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["mm", "few rows", "addmm", "bmm", "baddbmm", "bernoulli_"])
+def test_the_plan_counts_what_they_take(name, dtype, tmp_path):
+    a, b, bias = draw(700, 300, dtype=dtype), draw(300, 500, dtype=dtype), draw(500, dtype=dtype)
+    many, others, sums = draw(4, 700, 300, dtype=dtype), draw(4, 300, 500, dtype=dtype), draw(4, 700, 500, dtype=dtype)
+    aten = torch.ops.aten
+    operator, tensors = {
+        "mm": (aten.mm.default, (a, b)),
+        "few rows": (aten.mm.default, (a[:8], b.t().contiguous().t())),
+        "addmm": (aten.addmm.default, (bias, a, b)),
+        "bmm": (aten.bmm.default, (many, others)),
+        "baddbmm": (aten.baddbmm.default, (sums, many, others)),
+        "bernoulli_": (aten.bernoulli_.float, (a, 0.3)),
+    }[name]
+    operator(*tensors)  # what is allocated once
+    found = operator(*tensors)
+    given = 0 if name == "bernoulli_" else found.numel() * found.element_size()
+    hidden = devices.hidden(operator, tensors, {}, accelerator=False)
+    assert devices.hidden(operator, tensors, {}, accelerator=True) == 0
+    assert most_allocated(lambda: operator(*tensors), tmp_path) == pytest.approx(given + hidden, rel=0.01, abs=64)
+    assert bool(hidden) is (name == "bernoulli_" or (name != "few rows" and dtype in operators.slow()))
 
 
 def test_gradients_of_halves_are_those_of_float32():

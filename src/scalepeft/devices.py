@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own custom
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scalepeft import operators
+
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention  # noqa: SLF001  # what F's function calls
 _EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention  # noqa: SLF001
 
 
-def hidden(func: Any, args: Any, kwargs: Any) -> int:
+def hidden(func: Any, args: Any, kwargs: Any, *, accelerator: bool) -> int:
     """The bytes that an operation takes and gives back within itself."""
-    own = _WITHIN.get(func)
+    own = (_WITHIN if accelerator else _WITHIN_ON_CPU).get(func)
     return own(*args, **kwargs) if own is not None else 0
 
 
@@ -26,7 +28,33 @@ def _dequantised(given: Any, _: Any, shape: Any, *__: Any, absmax_8bit: Any = No
     return int(shape[0] * shape[1] * given.element_size()) + (4 * absmax_8bit.numel() if absmax_8bit is not None else 0)
 
 
+def _multiplied(*tensors: torch.Tensor, **_: Any) -> int:
+    """What a product of two bytes a number takes on a CPU that has it in float32 alone: copies of its tensors, and the sums.
+
+    The result is made of the sums when the copies are gone, so that its bytes, which are there already, are not wanted twice.
+    """
+    left, right = tensors[-2:]
+    if not operators.widens(right.dtype, left.shape[-2], transposed=right.stride(-2) == 1):
+        return 0
+    sums = left.numel() // left.shape[-1] * right.shape[-1]
+    return 4 * sum(tensor.numel() for tensor in tensors) + (4 - right.element_size()) * sums
+
+
+def _dequantised_on_cpu(given: torch.Tensor, packed: Any, shape: Any, *more: Any, **options: Any) -> int:
+    weight = given.new_empty(tuple(shape)).t()
+    return _dequantised(given, packed, shape, *more, **options) + _multiplied(given.reshape(-1, given.shape[-1]), weight)
+
+
+def _drawn(mask: torch.Tensor, *_: Any, **__: Any) -> int:
+    """16 bits an element, and whether it stays."""
+    return 3 * mask.numel()
+
+
 _WITHIN: dict[Any, Callable[..., int]] = {}
+_WITHIN_ON_CPU: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.bernoulli_.float: _drawn,
+    **{getattr(torch.ops.aten, name).default: _multiplied for name in operators.PRODUCTS},
+}
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -140,7 +168,7 @@ def _register() -> None:
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     multiply = torch.ops.bitsandbytes.gemm_4bit
-    _WITHIN[multiply.default] = _dequantised
+    _WITHIN[multiply.default], _WITHIN_ON_CPU[multiply.default] = _dequantised, _dequantised_on_cpu
     if multiply not in flop_registry:
 
         @register_flop_formula(multiply)

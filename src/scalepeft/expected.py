@@ -89,11 +89,12 @@ _WITHOUT_EFFECT = (
 
 def _kept(recipe: Recipe, rows: Rows, layout: Layout, *, accelerator: bool) -> Path:
     """Where the prediction of such a run is kept."""
-    from scalepeft import model
+    from scalepeft import model, operators
 
+    on = "accelerator" if accelerator else sorted(map(str, operators.slow()))  # nodes of other processors share the cache
     said = {name: value for name, value in recipe.resolved().items() if name not in ("data", "training", "extends")}
     said["training"] = {name: v for name, v in recipe.training.items() if not name.startswith(_WITHOUT_EFFECT)}
-    parts = [FORMAT, packages(), said, asdict(layout), accelerator, model.configuration(recipe, rows.labels).to_dict()]
+    parts = [FORMAT, packages(), said, asdict(layout), on, model.configuration(recipe, rows.labels).to_dict()]
     if from_adapter := (recipe.adapter or {}).get("name_or_path"):
         parts.append((Path(model.adapter_path(str(from_adapter))) / "adapter_config.json").read_text(encoding="utf-8"))
     key = json.dumps([*parts, [list(documents) for documents in rows.longest]], sort_keys=True, default=str)

@@ -200,7 +200,7 @@ def _run(
         targets = {name: batch[name].clone() for name in ("labels", "completion_mask") if name in batch}
     given = {**batch, **targets}
     held = [*tensors, *(p.grad for p in model.parameters() if p.grad is not None), *given.values()]
-    memory = Memory(held, devices.hidden)
+    memory = Memory(held, partial(devices.hidden, accelerator=accelerator))
     handles = list(_follow(memory, blueprint.base, list(layers)))
     handles += [
         p.register_post_accumulate_grad_hook(partial(_took, memory, frees)) for p in model.parameters() if p.requires_grad

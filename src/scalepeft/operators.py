@@ -31,33 +31,42 @@ def speed_up() -> torch.library.Library:
     and rounded once. Masks are of the same distribution and other draws, now the same ones on every processor.
     """
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-    slow = frozenset(dtype for dtype in _HALVES if not computes(dtype))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)  # that they are replaced
         library.impl("bernoulli_.float", bernoulli_, "CPU")  # type: ignore[no-untyped-call]
-        for name in _PRODUCTS if slow else ():
-            library.impl(name, _in_float32(name, slow), "CPU")  # type: ignore[no-untyped-call]
+        for name in PRODUCTS if slow() else ():
+            library.impl(name, _in_float32(name), "CPU")  # type: ignore[no-untyped-call]
     return library
 
 
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+@functools.cache
+def slow() -> frozenset[torch.dtype]:
+    """The dtypes of two bytes whose products this processor has no hardware for."""
+    return frozenset(dtype for dtype in _HALVES if not computes(dtype))
+
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 _FEW = 8
 """Rows up to which torch's own product with a transposed matrix is faster, as in generation: of one row and a vocabulary of
 49,152 it takes 2 ms, and to make the matrix one of float32 57 ms."""
 
 
-def _in_float32(name: str, slow: frozenset[torch.dtype]) -> Callable[..., torch.Tensor]:
+def widens(dtype: torch.dtype, rows: int, *, transposed: bool) -> bool:
+    """Whether a product of matrices of a dtype is computed from copies in float32; `rows` are the first one's."""
+    return dtype in slow() and not (rows <= _FEW and transposed)
+
+
+def _in_float32(name: str) -> Callable[..., torch.Tensor]:
     # the variant that writes into a given tensor is an operator of its own, and stays torch's
     product: Callable[..., torch.Tensor] = getattr(torch.ops.aten, name).out
 
     def multiplied(*tensors: torch.Tensor, **scales: Any) -> torch.Tensor:
         left, right = tensors[-2:]
-        dtype = right.dtype
-        own = dtype not in slow or any(tensor.dtype is not dtype for tensor in tensors)  # which torch refuses in its own words
-        if own or (left.dim() > 1 and left.shape[-2] <= _FEW and right.stride(-2) == 1):
-            return product(*tensors, **scales, out=left.new_empty(0))
-        found = product(*(tensor.float() for tensor in tensors), **scales, out=torch.empty(0))
-        return found.to(dtype)
+        # torch refuses other ones in its own words
+        alike = min(left.dim(), right.dim()) > 1 and all(tensor.dtype is right.dtype for tensor in tensors)
+        if alike and widens(right.dtype, left.shape[-2], transposed=right.stride(-2) == 1):
+            return product(*(tensor.float() for tensor in tensors), **scales, out=torch.empty(0)).to(right.dtype)
+        return product(*tensors, **scales, out=left.new_empty(0))
 
     return multiplied
 
