@@ -11,7 +11,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -22,6 +22,9 @@ from scalepeft.refusals import upstream_errors
 
 _NESTED_BLOCK = 256
 """Constants of 4-bit blocks that share one constant of their own under double quantisation: bitsandbytes' own number."""
+
+_STEPS = 10**9
+"""Of a run whose length is not known: enough for any schedule of AdaLoRA's, on which no memory depends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,7 @@ class Quantised(torch.nn.Module):
         return found.to(x.dtype)  # type: ignore[no-any-return]
 
 
-def build(recipe: Recipe, *, labels: list[str], total_steps: int = 100, checkpointing: bool = False) -> Blueprint:
+def build(recipe: Recipe, *, labels: list[str], checkpointing: bool = False) -> Blueprint:
     """The model of a recipe from its configuration alone. Raises UserError as `model.build` does."""
     notes: list[str] = []
     how = (recipe.adapter or {}).get("init_lora_weights")
@@ -109,15 +112,16 @@ def build(recipe: Recipe, *, labels: list[str], total_steps: int = 100, checkpoi
         if recipe.quantization is not None:
             _replace_linears(recipe, config, base)
         if recipe.model.added_tokens:
-            base.resize_token_embeddings(base.get_input_embeddings().num_embeddings + len(recipe.model.added_tokens))
+            size = base.get_input_embeddings().num_embeddings + len(recipe.model.added_tokens)
+            base.resize_token_embeddings(size, mean_resizing=False)  # the mean of no numbers is not to be had
     if checkpointing:
         base.enable_input_require_grads()
     with torch.device("meta"):
-        built = _adapted(recipe, base, total_steps)
+        built = _adapted(recipe, base)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         _store_quantised(built, mode)
-        built.to_empty(device="cpu")
+        _give_storage(built)
     built.train()
     return Blueprint(model=built, base=base, mode=mode, layers=_alike(base), notes=tuple(notes))
 
@@ -170,13 +174,13 @@ def _replace_linears(recipe: Recipe, config: Any, base: Any) -> None:
     base.config.quantization_config = given
 
 
-def _adapted(recipe: Recipe, base: Any, total_steps: int) -> Any:
+def _adapted(recipe: Recipe, base: Any) -> Any:
     options = recipe.adapter
     if options is None:
         return base
     if "name_or_path" not in options:
         added = list(range(base.get_input_embeddings().num_embeddings))[-len(recipe.model.added_tokens) :]
-        return adapters.new(recipe, base, total_steps=total_steps, added=added if recipe.model.added_tokens else ())
+        return adapters.new(recipe, base, total_steps=_STEPS, added=added if recipe.model.added_tokens else ())
     with upstream_errors(recipe, "adapter.name_or_path"):
         config = PeftConfig.from_pretrained(adapters.adapter_path(str(options["name_or_path"])))
         config.inference_mode = False
@@ -196,6 +200,24 @@ def _store_quantised(built: torch.nn.Module, mode: FakeTensorMode) -> None:
     for name, module in found:
         parent, _, child = name.rpartition(".")
         setattr(built.get_submodule(parent), child, Quantised(module, make))
+
+
+def _give_storage(built: torch.nn.Module) -> None:
+    """Put a fake tensor where each parameter and buffer is: one for those that are one, as tied embeddings are."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the old one, too, whose id is nobody else's while it lives
+    for module in built.modules():
+        for tensors in (module._parameters, module._buffers):  # noqa: SLF001
+            for name, tensor in tensors.items():
+                if tensor is None or isinstance(tensor, FakeTensor):
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty_like(tensor, device="cpu", requires_grad=False)
+                    is_parameter = isinstance(tensor, torch.nn.Parameter)
+                    new = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+                    made[id(tensor)] = tensor, new
+                tensors[name] = made[id(tensor)][1]
+    for name, tokens in getattr(built, "prompt_tokens", {}).items():  # of a prompt, in no module
+        built.prompt_tokens[name] = torch.arange(len(tokens))
 
 
 def _alike(base: Any) -> torch.nn.ModuleList | None:
