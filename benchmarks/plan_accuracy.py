@@ -77,6 +77,7 @@ def grid() -> dict[str, dict[str, Any]]:
         add(model, "full", 8, 128, accumulation=4)
         add(model, "LoRA", 8, 256, dropout=True)
         add(model, "LoRA", 16, 256, eager=True)
+        add(model, "LoRA", 4, 256, evaluated=24)
         add(model, "LoRA", 16, 128, bf16=True)
         add(model, "QLoRA", 16, 256, bf16=True, checkpointing=True)
         add(model, "LoRA", 8, 256, bf16=True, dropout=True)
@@ -122,6 +123,9 @@ def write(folder: Path, case: Mapping[str, Any]) -> Path:
         recipe["quantization"] = NF4 | ({"bnb_4bit_compute_dtype": "bfloat16"} if case.get("bf16") else {})
     if case["adapter"] == "LoRA on 8 bits":
         recipe["quantization"] = {"load_in_8bit": True}
+    if case.get("evaluated"):
+        recipe["data"]["evaluation"] = {"test": recipe["data"]["train"]}
+        training["per_device_eval_batch_size"] = case["evaluated"]
     if encoder:
         recipe["data"] |= {"label_names": ["a", "b"], "max_length": case["length"]}
     else:

@@ -187,12 +187,10 @@ def test_what_cannot_be_kept_is_refused_before_it_is_computed(toy, train, monkey
     assert not recipe.with_suffix("").exists()
 
 
-def test_divided_models_are_refused(toy, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    plugin = SimpleNamespace(zero_stage=2, offload_optimizer_device="none")
-    args = SimpleNamespace(world_size=2, optim="adamw_torch", deepspeed_plugin=plugin)
+def test_divided_models_are_refused(toy):
+    on = {"engine": "ZeRO-2", "offloads": False}
     with pytest.raises(UserError, match="cache_frozen_layers: is not served under ZeRO-2; use --launch multi_gpu"):
-        engines.refuse(recipes.load(toy(**KEPT)), args)
+        engines.refuse(recipes.load(toy(**KEPT)), on, optim="adamw_torch", cpu=True)
 
 
 def test_gradient_checkpointing_changes_no_number(toy, train):

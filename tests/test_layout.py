@@ -14,7 +14,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -318,20 +317,17 @@ def test_what_zero_3_cannot_serve_is_refused_once_before_training(chat, command,
 
 
 @pytest.mark.parametrize(
-    ("optim", "offload", "told"),
+    ("optim", "offloads", "told"),
     [
-        ("paged_adamw_32bit", "cpu", "ZeRO-3 with offload: its states are on the host already; it serves adamw_torch,"),
-        ("adafactor", "cpu", "ZeRO-3 with offload: it does not treat each number"),
-        ("adagrad", "cpu", None),
-        ("paged_adamw_32bit", "none", None),
+        ("paged_adamw_32bit", True, "ZeRO-3 with offload: its states are on the host already; it serves adamw_torch,"),
+        ("adafactor", True, "ZeRO-3 with offload: it does not treat each number"),
+        ("adagrad", True, None),
+        ("paged_adamw_32bit", False, None),
     ],
 )
-def test_with_offload_an_optimizer_of_torch_is_asked_for(toy, monkeypatch, optim, offload, told):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    plugin = SimpleNamespace(zero_stage=3, offload_optimizer_device=offload)
-    args = SimpleNamespace(world_size=2, optim=optim, deepspeed_plugin=plugin)
+def test_with_offload_an_optimizer_of_torch_is_asked_for(toy, optim, offloads, told):
     with pytest.raises(UserError, match=told) if told else contextlib.nullcontext():
-        engines.refuse(recipes.load(toy()), args)
+        engines.refuse(recipes.load(toy()), {"engine": "ZeRO-3", "offloads": offloads}, optim=optim, cpu=True)
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])

@@ -122,7 +122,6 @@ def build(recipe: Recipe, *, labels: list[str], checkpointing: bool = False) -> 
     with mode:
         _store_quantised(built, mode)
         _give_storage(built)
-    built.train()
     return Blueprint(model=built, base=base, mode=mode, layers=_alike(base), notes=tuple(notes))
 
 
@@ -206,7 +205,8 @@ def _give_storage(built: torch.nn.Module) -> None:
     """Put a fake tensor where each parameter and buffer is: one for those that are one, as tied embeddings are."""
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the old one, too, whose id is nobody else's while it lives
     for module in built.modules():
-        for tensors in (module._parameters, module._buffers):  # noqa: SLF001
+        held: Any = (module._parameters, module._buffers)  # noqa: SLF001
+        for tensors in held:
             for name, tensor in tensors.items():
                 if tensor is None or isinstance(tensor, FakeTensor):
                     continue
@@ -216,8 +216,9 @@ def _give_storage(built: torch.nn.Module) -> None:
                     new = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
                     made[id(tensor)] = tensor, new
                 tensors[name] = made[id(tensor)][1]
-    for name, tokens in getattr(built, "prompt_tokens", {}).items():  # of a prompt, in no module
-        built.prompt_tokens[name] = torch.arange(len(tokens))
+    prompts: dict[str, torch.Tensor] = getattr(built, "prompt_tokens", {})  # in no module
+    for name, tokens in prompts.items():
+        prompts[name] = torch.arange(len(tokens))
 
 
 def _alike(base: Any) -> torch.nn.ModuleList | None:

@@ -138,8 +138,23 @@ def layout(args: TrainingArguments) -> dict[str, Any]:
     engine = asked()
     stage = args.deepspeed_plugin.zero_stage if engine == "DEEPSPEED" else 0
     offloads = engine == "DEEPSPEED" and args.deepspeed_plugin.offload_optimizer_device not in (None, "none")
-    name = {"DEEPSPEED": f"ZeRO-{stage}", "FSDP": "FSDP2"}.get(engine, "DDP" if args.world_size > 1 else "no engine")
-    return {"processes": args.world_size, "engine": name, "offloads": offloads}
+    return {"processes": args.world_size, "engine": called(engine, stage, args.world_size), "offloads": offloads}
+
+
+def called(engine: str, stage: int, processes: int) -> str:
+    """What an engine is called in records and messages."""
+    return {"DEEPSPEED": f"ZeRO-{stage}", "FSDP": "FSDP2"}.get(engine, "DDP" if processes > 1 else "no engine")
+
+
+def accumulation(recipe: Recipe, processes: int) -> int:
+    """Micro-batches of an optimizer step. Raises UserError where the recipe's rows of a step cannot be divided so."""
+    rows, batch = recipe.global_batch_size, int(recipe.training.get("per_device_train_batch_size", 8))  # upstream's default
+    if rows is None:
+        return int(recipe.training.get("gradient_accumulation_steps", 1))
+    if rows % (batch * processes):
+        told = f"{rows} is not a multiple of {batch * processes} ({batch} rows x {processes} processes)"
+        raise recipe.error("global_batch_size", told)
+    return rows // (batch * processes)
 
 
 def shown(of: Mapping[str, Any]) -> str:
@@ -149,10 +164,9 @@ def shown(of: Mapping[str, Any]) -> str:
     return processes + engine
 
 
-def refuse(recipe: Recipe, args: TrainingArguments) -> None:
-    """Raise UserError for what the engine that was asked for would train otherwise than one process, or not at all."""
-    engine, optim, found = asked(), str(getattr(args.optim, "value", args.optim)), layout(args)
-    name, offloads = found["engine"], found["offloads"]
+def refuse(recipe: Recipe, on: Mapping[str, Any], *, optim: str, cpu: bool) -> None:
+    """Raise UserError for what an engine would train otherwise than one process, or not at all. `on` is a layout's record."""
+    name, offloads = on["engine"], on["offloads"]
     if name not in DIVIDE:
         return
     if recipe.cache_frozen_layers is not None:
@@ -168,11 +182,11 @@ def refuse(recipe: Recipe, args: TrainingArguments) -> None:
         if adapter.get(option) is not None:
             raise recipe.error(f"adapter.{option}", f"looks at whole weights, which {name} holds in parts; use --launch zero2")
     tokens = recipe.model.added_tokens or adapter.get("trainable_token_indices")
-    if tokens and (name == "FSDP2" or (name == "ZeRO-3" and args.device.type == "cpu")):
+    if tokens and (name == "FSDP2" or (name == "ZeRO-3" and cpu)):
         raise recipe.error("adapter", f"peft does not train single tokens under {name} here; use --launch zero2")
     if name == "FSDP2" and recipe.generative and adapter.get("modules_to_save"):
         raise recipe.error("adapter.modules_to_save", "is not trained the same under FSDP2; use --launch zero3")
-    of_torch = engine == "FSDP" or offloads
+    of_torch = name == "FSDP2" or offloads
     served: tuple[str, ...] = OF_TORCH if of_torch else (*OF_TORCH, *_OF_BITSANDBYTES)
     if optim not in served:
         told = "it does not treat each number of a parameter by itself"

@@ -59,7 +59,7 @@ def of_training(recipe: Recipe, corpus: Corpus) -> Expected | str | None:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none there, or damaged
             return _expected(json.loads(kept.read_text(encoding="utf-8")), layout)
         with torch.random.fork_rng():
-            drawn = prediction.sketch(recipe, rows.longest, rows.labels, [layout], accelerator=accelerator)
+            drawn = prediction.sketch(recipe, rows, [layout], accelerator=accelerator)
         found = prediction.predict(drawn, layout)
     except (UserError, *_FAILS) as error:
         return one_line(error)[:200]
@@ -97,7 +97,7 @@ def _kept(recipe: Recipe, rows: Rows, layout: Layout, *, accelerator: bool) -> P
     parts = [FORMAT, packages(), said, asdict(layout), on, model.configuration(recipe, rows.labels).to_dict()]
     if from_adapter := (recipe.adapter or {}).get("name_or_path"):
         parts.append((Path(model.adapter_path(str(from_adapter))) / "adapter_config.json").read_text(encoding="utf-8"))
-    key = json.dumps([*parts, [list(documents) for documents in rows.longest]], sort_keys=True, default=str)
+    key = json.dumps([*parts, [[*map(list, rows.longest)], [*map(list, rows.evaluated)]]], sort_keys=True, default=str)
     return cache_dir() / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 

@@ -166,10 +166,14 @@ def _cells(recipe: Recipe) -> Sequence[str]:
 
 def _layouts(recipe: Recipe) -> Iterator[Layout]:
     """From one device on, those that serve the recipe."""
+    from scalepeft import prediction
+
     for count in COUNTS:
-        if recipe.global_batch_size and recipe.global_batch_size % (
-            count * int(recipe.training.get("per_device_train_batch_size", 8))
-        ):
-            continue
         for name in ("single_gpu",) if count == 1 else ("multi_gpu", "zero3"):
-            yield sharding.read(name, count)
+            layout = sharding.read(name, count)
+            if count > 1:
+                try:
+                    prediction.refuse(recipe, layout, accelerator=True)
+                except UserError:
+                    continue
+            yield layout

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from scalepeft import devices
-from scalepeft.blueprint import Blueprint
+from scalepeft.blueprint import Blueprint, parameters
 
 ACTIVATIONS, LOSS, BACKWARD, GRADIENTS = "activations", "logits and loss", "temporaries", "gradients"
 """What a step makes, by the part of it that made it."""
@@ -57,7 +57,7 @@ def guess(blueprint: Blueprint, tokens: int, *, recomputed: bool) -> Step:
     wide = next(blueprint.model.parameters()).element_size() / 2
     kept = tokens * hidden * wide * (2 * layers + 34 if recomputed else 34 * layers)
     logits = tokens * int(getattr(config, "vocab_size", 0)) * 4
-    counted = sum(p.numel() for p in blueprint.model.parameters())
+    counted = parameters(blueprint)["total"]
     moment = Counter({ACTIVATIONS: int(kept), LOSS: min(logits, 2**30)})
     return Step(moments={"loss": moment}, flops=6 * counted * tokens, estimate=True)
 
@@ -133,8 +133,9 @@ def trace(
     accumulates: bool = False,
     frees_gradients: bool = False,
     checkpointing: Mapping[str, Any] | None = None,
+    evaluates: bool = False,
 ) -> Step:
-    """One micro-batch, forward and backward, of the model that `blueprint` describes.
+    """One micro-batch, forward and backward (forward alone when it `evaluates`), of the model that `blueprint` describes.
 
     `loss` takes the model and the batch. `accumulates`: the gradients of earlier micro-batches are there already;
     `frees_gradients`: an engine takes each gradient away as soon as it is there. `checkpointing` holds the options of
@@ -147,7 +148,15 @@ def trace(
     if checkpointing is not None:
         blueprint.base.activation_checkpointing_enable(activation_checkpointing_kwargs=dict(checkpointing) or None)
     run = partial(
-        _run, blueprint, batch, loss, precision, accelerator=accelerator, accumulates=accumulates, frees=frees_gradients
+        _run,
+        blueprint,
+        batch,
+        loss,
+        precision,
+        accelerator=accelerator,
+        accumulates=accumulates,
+        frees=frees_gradients,
+        evaluates=evaluates,
     )
     layers = blueprint.layers
     if layers is None or len(layers) <= _LONG + 1:
@@ -190,6 +199,7 @@ def _run(
     accelerator: bool,
     accumulates: bool,
     frees: bool,
+    evaluates: bool,
 ) -> Step:
     model, dtype = blueprint.model, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     tensors = [*model.parameters(), *model.buffers()]
@@ -208,13 +218,15 @@ def _run(
     autocast = torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext()
     acting = devices.as_accelerator() if accelerator else contextlib.nullcontext()
     try:
+        model.train(not evaluates)
         with memory, acting, devices.without_storage(blueprint.mode):
-            with autocast:
+            with autocast, torch.set_grad_enabled(not evaluates):
                 found = loss(model, given)
-            memory.moment = "loss"
-            memory.kind = BACKWARD
-            found.backward()  # type: ignore[no-untyped-call]
-            memory.moment = "after"
+            if not evaluates:
+                memory.moment = "loss"
+                memory.kind = BACKWARD
+                found.backward()  # type: ignore[no-untyped-call]
+                memory.moment = "after"
     finally:
         for handle in handles:
             handle.remove()

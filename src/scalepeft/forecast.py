@@ -46,8 +46,8 @@ class Plan:
     @property
     def needed(self) -> tuple[int, int, int]:
         """Bytes of a device: at least, likely, at most."""
-        peak, unsure = self.found.peak, self.found.uncertain
-        peaks = (peak - unsure // 2, peak, peak + unsure)
+        peak, (less, more) = self.found.peak, self.found.uncertain
+        peaks = (peak - less, peak, peak + more)
         shares, beside = (FRAGMENTS, CONTEXT) if self.accelerator else ((0.0, 0.0, 0.0), PROCESS)
         low, mid, high = (int(p * (1 + share) + more) for p, share, more in zip(peaks, shares, beside, strict=True))
         return low, mid, high
@@ -78,7 +78,9 @@ class Plan:
             return most
         if self.rows.rows is None:
             return None
-        return math.ceil(float(kinds.option(self.recipe, "num_train_epochs")) * math.ceil(self.rows.rows / self.global_batch))
+        whole = math.floor if kinds.option(self.recipe, "dataloader_drop_last") else math.ceil
+        batches = whole(self.rows.rows / (len(self.rows.longest) * self.layout.processes))
+        return math.ceil(float(kinds.option(self.recipe, "num_train_epochs")) * math.ceil(batches / self.accumulation))
 
     @property
     def flops(self) -> int | None:
@@ -124,7 +126,7 @@ def plans(
     known = workload.rows(recipe)
     if rows is not None and known.rows is None:
         known = replace(known, rows=rows)
-    drawn = prediction.sketch(recipe, known.longest, known.labels, layouts, accelerator=accelerator)
+    drawn = prediction.sketch(recipe, known, layouts, accelerator=accelerator)
     for layout in layouts:
         found = prediction.predict(drawn, layout)
         for device in devices:

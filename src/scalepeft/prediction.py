@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from scalepeft import blueprint, footprint, kinds, sharding, workload
+from scalepeft import blueprint, engines, footprint, kinds, sharding, workload
 from scalepeft.blueprint import Blueprint, Quantised
 from scalepeft.errors import one_line
 from scalepeft.recipe import Recipe
@@ -19,7 +20,7 @@ class Prediction:
     """What one process takes, and what one micro-batch computes."""
 
     moment: str
-    """The worst moment: forward, loss, backward or optimizer step."""
+    """The worst moment: loading, forward, loss, backward, optimizer step or evaluation."""
     items: Mapping[str, int]
     """Bytes on the device at that moment, by what they are."""
     host: Mapping[str, int]
@@ -34,8 +35,8 @@ class Prediction:
     """Bytes of the largest weight, likewise."""
     saved: int
     """Bytes of what is trained, as it is saved."""
-    uncertain: int
-    """Bytes of it that are an estimate: they may be half, or twice as much."""
+    uncertain: tuple[int, int]
+    """Bytes by which the peak may be less, and more, for what is an estimate."""
     notes: tuple[str, ...]
 
     @property
@@ -52,6 +53,8 @@ class Sketch:
     tensors: Sequence[Tensor]
     steps: Mapping[tuple[bool, bool], footprint.Step]
     """By whether gradients are there from earlier micro-batches, and whether an engine takes them away at once."""
+    evaluation: footprint.Step | None
+    """Forward alone, of a batch of the evaluation sets; None where it holds less than a training step."""
     parameters: Mapping[str, int]
     unquantised: int
     largest: int
@@ -73,34 +76,31 @@ def checkpointing(recipe: Recipe) -> Mapping[str, Any] | None:
     return dict(options or {}) if on else None
 
 
-def sketch(
-    recipe: Recipe, lengths: Sequence[Sequence[int]], labels: list[str], layouts: Sequence[Layout], *, accelerator: bool
-) -> Sketch:
-    """Trace the steps that these layouts need. Raises UserError as `model.build` does."""
+def sketch(recipe: Recipe, rows: workload.Rows, layouts: Sequence[Layout], *, accelerator: bool) -> Sketch:
+    """Trace the steps that these layouts need. Raises UserError as `refuse` and `model.build` do."""
+    for layout in layouts:
+        refuse(recipe, layout, accelerator=accelerator)
     options = checkpointing(recipe)
-    drawn = blueprint.build(recipe, labels=labels, checkpointing=options is not None)
+    drawn, lengths = blueprint.build(recipe, labels=rows.labels, checkpointing=options is not None), rows.longest
     meant, notes = workload.without_mask(recipe, lengths), list[str]()
     batch, loss = workload.batch(recipe, meant), workload.loss(recipe, drawn.base, meant, accelerator=accelerator)
     tensors = list(_tensors(recipe, drawn))
+    trace = partial(footprint.trace, drawn, precision=recipe.precision, accelerator=accelerator)
     steps = {}
     for layout in layouts:
         key = _key(recipe, layout, tensors)
         if key in steps:
             continue
         try:
-            steps[key] = footprint.trace(
-                drawn,
-                batch,
-                loss,
-                precision=recipe.precision,
-                accelerator=accelerator,
-                accumulates=key[0],
-                frees_gradients=key[1],
-                checkpointing=options,
-            )
+            steps[key] = trace(batch, loss, accumulates=key[0], frees_gradients=key[1], checkpointing=options)
         except footprint.UNTRACEABLE as error:
             steps[key] = footprint.guess(drawn, max(map(sum, lengths)) * len(lengths), recomputed=options is not None)
             notes.append(f"the step cannot be traced ({one_line(error)[:120]}): activations and operations are estimates")
+    evaluation = None
+    if _padded(rows.evaluated) > _padded(lengths) and not any(step.estimate for step in steps.values()):
+        shown = workload.without_mask(recipe, rows.evaluated)
+        measured = workload.loss(recipe, drawn.base, shown, accelerator=accelerator)
+        evaluation = trace(workload.batch(recipe, shown), measured, evaluates=True)
     large = workload.mask(recipe, lengths)
     if meant is not lengths and not str(recipe.model.attn_implementation).startswith("flash"):
         notes.append(f"attention without its mask, which here would be one of {large:,} elements: flash attention needs none")
@@ -112,6 +112,7 @@ def sketch(
         recipe=recipe,
         tensors=tensors,
         steps=steps,
+        evaluation=evaluation,
         parameters=blueprint.parameters(drawn),
         unquantised=sum(plain),
         largest=max(plain),
@@ -120,10 +121,25 @@ def sketch(
     )
 
 
+def _padded(lengths: Sequence[Sequence[int]]) -> int:
+    return len(lengths) * max(map(sum, lengths), default=0)
+
+
+def refuse(recipe: Recipe, layout: Layout, *, accelerator: bool) -> None:
+    """Raise UserError for what training would refuse on a layout."""
+    accumulation(recipe, layout)
+    on = {"engine": engines.called(layout.engine, layout.stage, layout.processes), "offloads": layout.optimizer_on_host}
+    engines.refuse(recipe, on, optim=optim(recipe), cpu=not accelerator)
+
+
 def predict(drawn: Sketch, layout: Layout) -> Prediction:
     """What each process of a layout takes."""
     recipe = drawn.recipe
     held, optimizer = _held(recipe, layout, drawn.tensors), _optimizer(recipe)
+    if drawn.accelerator and optim(recipe) in _FOREACH and not layout.optimizer_on_host:
+        divided = layout.engine == "FSDP" or layout.stage > 0
+        trained = sum(t.elements * (4 if layout.engine == "DEEPSPEED" else t.itemsize) for t in drawn.tensors if t.trained)
+        held.in_step += trained // (layout.processes if divided else 1)
     step = drawn.steps[_key(recipe, layout, drawn.tensors)]
     gradients = sum(t.size for t in drawn.tensors if t.trained)
     if recipe.quantization is not None and not drawn.accelerator and layout.stage < 3:
@@ -136,16 +152,30 @@ def predict(drawn: Sketch, layout: Layout) -> Prediction:
     moments["optimizer step"] = Counter(held.device) + Counter(
         {footprint.GRADIENTS: 0 if held.frees_gradients else gradients, "optimizer step": held.in_step}
     )
+    if layout.engine == "FSDP" and recipe.quantization is not None:
+        # upstream loads 4-bit weights whole onto each device, and divides them there
+        moments["loading"] = Counter[str]()
+        for tensor in drawn.tensors:
+            moments["loading"][tensor.kind] += tensor.size
+    if drawn.evaluation is not None:
+        moments |= {
+            f"evaluation {name}": Counter(held.device) + found + Counter({"gathered weights": held.gathered})
+            for name, found in drawn.evaluation.moments.items()
+        }
     worst = max(moments, key=lambda name: moments[name].total())
-    notes = list(drawn.notes)
+    notes, states = list(drawn.notes), 0
     if not optimizer.known:
-        notes.append(f"training.optim {optim(recipe)}: its states are taken for as large as AdamW's in 32 bits")
+        states = held.device.get("optimizer states", 0)
+        notes.append(
+            f"training.optim {optim(recipe)}: its states are an estimate, as large as AdamW's in 32 bits: perhaps far less"
+        )
     if optimizer.paged and drawn.accelerator:
         notes.append(
             "the optimizer's states are paged: when memory runs short, the driver moves them to the host, and it is slower"
         )
+    unsure = step.peak.total() if step.estimate else 0
     return Prediction(
-        moment=worst.split()[0] if worst != "optimizer step" else worst,
+        moment=_MOMENTS.get(worst.split()[0], worst.split()[0]),
         items={name: size for name, size in moments[worst].items() if size},
         host=held.host,
         parameters=drawn.parameters,
@@ -153,9 +183,13 @@ def predict(drawn: Sketch, layout: Layout) -> Prediction:
         unquantised=drawn.unquantised,
         largest=drawn.largest,
         saved=gradients,
-        uncertain=step.peak.total() if step.estimate else 0,
+        uncertain=(states + unsure // 2, unsure),
         notes=tuple(notes),
     )
+
+
+_MOMENTS = {"before": "forward", "after": "backward", "optimizer": "optimizer step"}
+"""What a moment is called whose first word does not say it."""
 
 
 def _at(moment: str, step: Counter[str], held: Held) -> Counter[str]:
@@ -164,6 +198,10 @@ def _at(moment: str, step: Counter[str], held: Held) -> Counter[str]:
     if moment.startswith(("backward", "after")):  # the first gradient is there when the head's own temporaries are gone
         found["communication buckets"] += held.in_backward
     return found
+
+
+_FOREACH = ("adamw_torch", "adagrad", "rmsprop")
+"""Optimizers of torch 2.13 that compute the roots of all parameters' means at once, where these are on an accelerator."""
 
 
 def _optimizer(recipe: Recipe) -> sharding.Optimizer:
@@ -185,9 +223,7 @@ def _key(recipe: Recipe, layout: Layout, tensors: Sequence[Tensor]) -> tuple[boo
 
 def accumulation(recipe: Recipe, layout: Layout) -> int:
     """Micro-batches of an optimizer step."""
-    if recipe.global_batch_size is None:
-        return int(kinds.option(recipe, "gradient_accumulation_steps"))
-    return max(1, recipe.global_batch_size // (int(kinds.option(recipe, "per_device_train_batch_size")) * layout.processes))
+    return engines.accumulation(recipe, layout.processes)
 
 
 def _tensors(recipe: Recipe, drawn: Blueprint) -> Any:

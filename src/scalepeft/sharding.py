@@ -83,7 +83,7 @@ class Optimizer:
 OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "stable_adamw"), Optimizer(states=2)),
     **dict.fromkeys(("adagrad", "rmsprop"), Optimizer(states=1)),
-    "sgd": Optimizer(states=0),
+    **dict.fromkeys(("sgd", "adafactor"), Optimizer(states=0)),  # adafactor: a number for each row and column of a matrix
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit"), Optimizer(states=2, bits=8)),
     **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), Optimizer(states=2, bits=32, paged=True)),
     "paged_adamw_8bit": Optimizer(states=2, bits=8, paged=True),

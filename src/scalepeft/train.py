@@ -129,7 +129,8 @@ def _train(recipe: Recipe, run: Run, stop: stops.Stop, *, fresh: bool) -> Run:
     planned = expected.of_training(recipe, corpus)  # before DeepSpeed's arguments, which would divide the plan's model, too
     # several processes form their group here, after all preparation
     arguments = _arguments(recipe, run, resumed=state == "unfinished")
-    engines.refuse(recipe, arguments)
+    on_cpu = arguments.device.type == "cpu"
+    engines.refuse(recipe, engines.layout(arguments), optim=str(getattr(arguments.optim, "value", arguments.optim)), cpu=on_cpu)
     set_seed(arguments.seed)
     task = kinds.task(recipe, tokenizer, corpus.label_names)
     _check_best_metric(recipe, arguments, task, corpus)
@@ -172,6 +173,8 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     import torch
     from transformers.integrations import get_available_reporting_integrations
 
+    from scalepeft import engines
+
     on_cpu = launch.on_cpu() or not torch.accelerator.is_available()
     given: dict[str, Any] = {
         "use_cpu": on_cpu,  # without it upstream refuses bf16 on a CPU
@@ -187,7 +190,7 @@ def _arguments(recipe: Recipe, run: Run, *, resumed: bool) -> TrainingArguments:
     # upstream would push the run directory as it stands, its pickled arguments included: see push.py
     given |= {**recipe.training, "output_dir": str(run.path), "push_to_hub": False}
     if recipe.global_batch_size is not None:  # before the arguments are made: DeepSpeed's are filled from them at once
-        given["gradient_accumulation_steps"] = _accumulation(recipe, recipe.global_batch_size)
+        given["gradient_accumulation_steps"] = engines.accumulation(recipe, ranks.processes())
     if resumed and run.record["evaluation"]:  # before its first step, in the session that began it
         given["eval_on_start"] = False
     # read where neither bf16 nor fp16 is set: a launch file's mixed_precision would slip in
@@ -249,16 +252,6 @@ def _examples(arguments: TrainingArguments, corpus: Corpus, task: Task) -> Itera
     rows = Rows(prepared.rows)
     for indices in itertools.islice(batches, EXAMPLE_ROWS // EXAMPLE_BATCH):
         yield task.collate(rows.__getitems__(indices))
-
-
-def _accumulation(recipe: Recipe, rows: int) -> int:
-    """The accumulation that makes an optimizer step of so many rows over all processes."""
-    batch: int = recipe.training.get("per_device_train_batch_size", 8)  # upstream's default
-    processes = ranks.processes()
-    if rows % (batch * processes):
-        told = f"{rows} is not a multiple of {batch * processes} ({batch} rows x {processes} processes)"
-        raise recipe.error("global_batch_size", told)
-    return rows // (batch * processes)
 
 
 def _check_best_metric(recipe: Recipe, arguments: TrainingArguments, task: Task, corpus: Corpus) -> None:

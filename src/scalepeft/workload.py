@@ -34,9 +34,7 @@ def batch(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> dict[str, torch.T
     Token ids are all 0: no operation's memory depends on them. Of a preference, a row is the prompt with its longer answer.
     Raises UserError for more tokens than anybody trains on at once.
     """
-    if (tokens := sum(map(sum, lengths))) > _MOST:
-        key = "training.max_length" if recipe.generative else "data.max_length"
-        raise recipe.error(key, f"makes micro-batches of {tokens:,} tokens; at most {_MOST:,} are planned")
+    _bearable(recipe, sum(map(sum, lengths)))
     rows = [sum(documents) for documents in lengths]
     if not recipe.generative:
         labels = torch.zeros(len(rows), dtype=torch.float32 if recipe.regression else torch.int64)
@@ -53,6 +51,12 @@ def batch(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> dict[str, torch.T
         return found | {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
     padded = _padded(rows)
     return {**padded, "labels": padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)}
+
+
+def _bearable(recipe: Recipe, tokens: int) -> None:
+    if tokens > _MOST:
+        key = "training.max_length" if recipe.generative else "data.max_length"
+        raise recipe.error(key, f"makes micro-batches of {tokens:,} tokens; at most {_MOST:,} are planned")
 
 
 def without_mask(recipe: Recipe, lengths: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
@@ -149,6 +153,8 @@ def _noise(base: Any, alpha: float) -> None:
 
 _SMALL = 64 * 2**20
 """Bytes of data files up to which a plan prepares the rows, as training would: seconds."""
+_LEAST = 2
+"""Tokens: of one there is nothing to tell the next of."""
 _EPOCHS = 3
 """Epochs in which the longest micro-batch is looked for."""
 
@@ -162,6 +168,8 @@ class Rows:
     told: str
     """Where the lengths are from."""
     labels: list[str]
+    evaluated: Sequence[Sequence[int]] = ()
+    """The largest batch of the evaluation sets, likewise."""
     rows: int | None = None
     """Rows of an epoch."""
     tokens: int | None = None
@@ -217,10 +225,19 @@ def of(recipe: Recipe, corpus: data.Corpus) -> Rows:
         longest=documents,
         told="the largest batch of the prepared rows",
         labels=corpus.label_names,
+        evaluated=max(
+            (_longest(recipe, each) for each in corpus.evaluation.values()), key=lambda of: sum(map(sum, of)), default=()
+        ),
         rows=len(lengths),
         tokens=int(lengths.sum()) * (2 if recipe.task == "preference" else 1),
         padding=padding,
     )
+
+
+def _longest(recipe: Recipe, prepared: Prepared) -> Sequence[Sequence[int]]:
+    """The largest batch in evaluation, which takes the rows by their lengths."""
+    rows = prepared.lengths.argsort()[::-1][: int(kinds.option(recipe, "per_device_eval_batch_size"))]
+    return [prepared.rows[int(i)]["seq_lengths"] if prepared.documents else [int(prepared.lengths[i])] for i in rows]
 
 
 def _assumed(recipe: Recipe) -> Rows:
@@ -228,10 +245,14 @@ def _assumed(recipe: Recipe) -> Rows:
     config = model.configuration(recipe, labels=None)
     window = (model.window(config) or 1024) - ((recipe.adapter or {}).get("num_virtual_tokens") or 0)
     named = kinds.option(recipe, "max_length") if recipe.generative else recipe.data.max_length
-    length = min(window, int(named)) if named else window
+    length = min(window, int(named)) if named is not None else window
     key = "training.max_length" if recipe.generative else "data.max_length"
     told = f"{key}: the rows are not at hand" if named and length == named else "the model's window: the rows are not at hand"
+    if length < _LEAST:
+        raise recipe.error(key, f"{length} is no length to train on; it is {_LEAST} tokens or more")
     batch = int(kinds.option(recipe, "per_device_train_batch_size"))
+    evaluated = int(kinds.option(recipe, "per_device_eval_batch_size")) if recipe.data.evaluation else 0
+    _bearable(recipe, max(batch, evaluated) * length)
     documents = [[length]] * batch
     if _end_to_end(recipe) and recipe.training.get("packing"):
         documents = [[length // 2, length - length // 2]] * batch
@@ -239,4 +260,5 @@ def _assumed(recipe: Recipe) -> Rows:
         documents = [[length]] * (batch - 1) + [[length - 1]]
     names = recipe.data.label_names
     labels = [str(name) for name in names] if names else list(map(str, range(config.num_labels)))
-    return Rows(longest=documents, told=told, labels=["label"] if recipe.regression else labels)
+    labels = ["label"] if recipe.regression else labels
+    return Rows(longest=documents, told=told, labels=labels, evaluated=[[length]] * evaluated)
