@@ -77,7 +77,7 @@ def grid() -> dict[str, dict[str, Any]]:
         add(model, "full", 8, 128, accumulation=4)
         add(model, "LoRA", 8, 256, dropout=True)
         add(model, "LoRA", 16, 256, eager=True)
-        add(model, "LoRA", 4, 256, evaluated=24)
+        add(model, "LoRA", 2, 256, evaluated=96)
         add(model, "LoRA", 16, 128, bf16=True)
         add(model, "QLoRA", 16, 256, bf16=True, checkpointing=True)
         add(model, "LoRA", 8, 256, bf16=True, dropout=True)
@@ -153,7 +153,7 @@ def model(folder: Path, config: Mapping[str, Any]) -> None:
 
 def rows(folder: Path, case: Mapping[str, Any]) -> None:
     """Texts as long as the case says, every fourth one shorter, so that there is padding."""
-    count, length = 3 * 2 * case["batch"] * case.get("accumulation", 1), case["length"]
+    count, length = max(6 * case["batch"] * case.get("accumulation", 1), case.get("evaluated", 0)), case["length"]
     texts = [" ".join(f"w{(i + j) % 900}" for j in range(length + 8 if i % 4 else length // 2)) for i in range(count)]
     if case["model"] == "encoder":
         lines = ["text,label", *(f"{text},{'ab'[i % 2]}" for i, text in enumerate(texts))]
@@ -391,8 +391,9 @@ it as DeepSpeed's, torch's and accelerate's sources do. A model of many like lay
 layer adds the same bytes at each moment of the step, so that two short models tell a deep one exactly.
 
 - **Traced**: activations, what the backward pass makes, gradients, logits and loss, and the operations, with the recipe's
-  precision, checkpointing, packing and longest batch.
-- **Calculated**: weights and constants as they are stored, optimizer states, master weights, buckets, gathered weights.
+  precision, checkpointing, packing and longest batch; and the largest batch of the evaluation sets, forward alone.
+- **Calculated**: weights and constants as they are stored, optimizer states, master weights, buckets, gathered weights, the
+  4-bit weights that each device holds whole while FSDP2 loads them.
 - **Estimated, and said so**: fragmentation, the driver's context, the peaks of loading and merging, and, where a model's code
   cannot run without numbers, its activations.
 

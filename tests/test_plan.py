@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,106 @@ def test_offload_is_proposed_with_an_optimizer_that_steps_on_the_host(sft, optim
     other = optim not in engines.OF_TORCH
     assert change.overrides == (("training.optim=adamw_torch_fused",) if other else ())
     assert ("training.optim" in change.told) is other
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "told"),
+    [
+        ({"optim": "adafactor"}, ("zero3", 4), "training.optim: adafactor under ZeRO-3"),
+        ({"optim": "paged_adamw_8bit"}, ("fsdp2", 4), "training.optim: paged_adamw_8bit under FSDP2"),
+        (
+            {"adapter": {"peft_type": "LOHA", "r": 4, "alpha": 8, "target_modules": ["q_proj"]}},
+            ("zero3", 2),
+            "LOHA does not train",
+        ),
+        ({"global_batch_size": 9}, ("multi_gpu", 3), "global_batch_size: 9 is not a multiple of 6"),
+    ],
+)
+def test_what_training_refuses_on_a_layout_is_not_planned(sft, changes, layout, told):
+    whole = {name: changes[name] for name in ("adapter", "global_batch_size") if name in changes}
+    recipe = replace(sft(**{name: value for name, value in changes.items() if name not in whole}), **whole)
+    with pytest.raises(UserError, match=told):
+        forecast.plan(recipe, sharding.read(*layout))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"max_length": -5}, "training.max_length: -5 is no length"),
+        ({"max_length": 1}, "training.max_length: 1 is no length"),
+        ({"per_device_train_batch_size": 10**9}, "training.max_length: makes micro-batches of 64,000,000,000 tokens"),
+    ],
+)
+def test_absurd_rows_are_a_line_at_once(sft, changes, told):
+    with pytest.raises(UserError, match=told):
+        forecast.plan(sft(**changes), sharding.Layout())
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING"])
+def test_prompts_are_planned(sft, kind):
+    recipe = replace(sft(), adapter={"peft_type": kind, "num_virtual_tokens": 5})
+    found = forecast.plan(recipe, sharding.Layout(), accelerator=False).found
+    assert not any("estimate" in note for note in found.notes)
+    assert found.parameters["trainable"] >= 5 * 64
+
+
+def test_tied_embeddings_are_there_once_and_added_tokens_are_counted(sft, tmp_path):
+    config = {"vocab_size": 1000, "tie_word_embeddings": True}
+    tied = forecast.plan(sft(llama(tmp_path / "tied", **config)), sharding.Layout(), accelerator=False).found
+    apart = llama(tmp_path / "apart", **config | {"tie_word_embeddings": False})
+    found = forecast.plan(sft(apart), sharding.Layout(), accelerator=False).found
+    assert found.parameters["total"] - tied.parameters["total"] == 1000 * 64
+    assert found.items["weights"] - tied.items["weights"] == 1000 * 64 * 4
+    recipe = sft(apart)
+    grown = replace(recipe, model=replace(recipe.model, added_tokens=("<a>", "<b>")))
+    more = forecast.plan(grown, sharding.Layout(), accelerator=False).found
+    assert more.parameters["total"] > found.parameters["total"]
+
+
+def test_adaloras_schedule_is_no_matter_to_a_plan(sft):
+    adapter = {"peft_type": "ADALORA", "target_modules": ["q_proj"], "tinit": 500, "tfinal": 1000}
+    assert forecast.plan(replace(sft(), adapter=adapter), sharding.Layout(), accelerator=False).found.parameters["trainable"]
+
+
+def test_a_large_batch_of_evaluation_is_the_worst_moment(sft):
+    recipe = sft(per_device_eval_batch_size=2)
+    recipe = replace(recipe, data=replace(recipe.data, evaluation={"test": recipe.data.train}))
+    same = forecast.plan(recipe, sharding.Layout(), accelerator=False).found
+    large = replace(recipe, training=recipe.training | {"per_device_eval_batch_size": 200})
+    found = forecast.plan(large, sharding.Layout(), accelerator=False).found
+    assert (same.moment == "evaluation", found.moment) == (False, "evaluation")
+    assert found.peak > 2 * same.peak
+    assert found.items["optimizer states"] == same.items["optimizer states"]
+
+
+def test_four_bit_weights_are_whole_on_each_device_while_fsdp_loads_them(sft, tmp_path):
+    base = llama(tmp_path / "wide", hidden_size=512, intermediate_size=1024, num_hidden_layers=20)
+    recipe = replace(sft(base, max_length=8), quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    alone, divided = (forecast.plan(recipe, sharding.read(*of)).found for of in ((None, None), ("fsdp2_qlora", 64)))
+    assert divided.moment == "loading"
+    assert divided.items["weights, 4-bit"] == alone.items["weights, 4-bit"]
+
+
+def test_torchs_plain_adamw_takes_the_roots_of_all_means_at_once_on_an_accelerator(sft):
+    def in_step(optim: str, *, accelerator: bool) -> int:
+        recipe = replace(sft(optim=optim, max_length=4, per_device_train_batch_size=1), adapter=None)
+        found = forecast.plan(recipe, sharding.Layout(), accelerator=accelerator).found
+        return found.items.get("optimizer step", 0) * 4 // found.saved
+
+    assert in_step("adamw_torch", accelerator=True) == 4
+    assert in_step("adamw_torch_fused", accelerator=True) == in_step("adamw_torch", accelerator=False) == 0
+
+
+def test_states_of_an_unknown_optimizer_may_be_next_to_nothing(sft):
+    known, unknown = (forecast.plan(sft(optim=name), sharding.Layout()) for name in ("sgd", "apollo_adamw"))
+    assert unknown.needed[0] <= known.needed[1] <= unknown.needed[1]
+    assert any("apollo_adamw: its states are an estimate" in note for note in unknown.found.notes)
+
+
+@pytest.mark.parametrize(("drop", "steps"), [(False, 26), (True, 25)])
+def test_steps_are_those_of_the_trainer(sft, drop, steps):
+    recipe = sft(num_train_epochs=1, gradient_accumulation_steps=2, dataloader_drop_last=drop)
+    assert forecast.plan(recipe, sharding.Layout(), rows=101).steps == steps
 
 
 @pytest.mark.long
