@@ -221,6 +221,11 @@ def test_absurd_rows_are_a_line_at_once(sft, changes, told):
         forecast.plan(sft(**changes), sharding.Layout())
 
 
+def test_a_configuration_that_no_model_can_have_is_a_line(sft, tmp_path):
+    with pytest.raises(UserError, match=r"^[^\n]*model.name_or_path: [^\n]*num_hidden_layers[^\n]*$"):
+        forecast.plan(sft(llama(tmp_path / "wrong", num_hidden_layers="many")), sharding.Layout())
+
+
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING"])
 def test_prompts_are_planned(sft, kind):
     recipe = replace(sft(), adapter={"peft_type": kind, "num_virtual_tokens": 5})

@@ -7,12 +7,16 @@ import re
 from collections.abc import Iterator
 
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from scalepeft.errors import UserError, one_line
 from scalepeft.recipe import Recipe
 
-_RAISES = (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError, re.error)
+_RAISES = (
+    *(OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError, re.error),
+    StrictDataclassError,  # a config.json with figures that no model can have
+)
 
 
 @contextlib.contextmanager
