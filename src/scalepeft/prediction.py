@@ -30,7 +30,7 @@ class Prediction:
     flops: int
     """Of one micro-batch."""
     unquantised: int
-    """Bytes of all weights of the base in the dtype they have, or had before they were quantised."""
+    """Bytes of all weights, the adapter's among them, in the dtype they have, or had before they were quantised."""
     largest: int
     """Bytes of the largest weight, likewise."""
     saved: int

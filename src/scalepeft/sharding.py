@@ -189,7 +189,7 @@ def held(tensors: Sequence[Tensor], layout: Layout, optimizer: Optimizer, *, hal
 
 def _zero(tensors: Sequence[Tensor], layout: Layout, optimizer: Optimizer, *, half: bool) -> Held:
     """As DeepSpeed 0.19 allocates: stage_1_and_2.py and stage3.py."""
-    found, share = Held(), layout.processes
+    found, share = Held(), layout.processes if layout.stage else 1
     width = 2 if half else 4
     sizes = [(t, t.itemsize if t.kind in (*_PACKED, BUFFERS, CONSTANTS) else width) for t in tensors]
     trained = sum(t.elements for t in tensors if t.trained)
