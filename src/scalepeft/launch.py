@@ -85,7 +85,7 @@ def layout(name: str) -> Layout:
             processes=int(given.get("num_processes", 1)),
             use_cpu=bool(given.get("use_cpu")),
         )
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, OverflowError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         told = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise UserError(f"{path}: is no launch file of accelerate: {told}") from None
 
@@ -105,8 +105,8 @@ def line(
         raise UserError(
             f"command line: --launch {chosen.path.stem}: {told}; {_without_gpus(chosen)}; `scalepeft doctor` says why"
         )
-    if chosen.engine == "FSDP" and on_cpus:
-        raise UserError(f"command line: --cpu: accelerate runs DDP in place of FSDP on CPUs; {_without_gpus(chosen)}")
+    if on_cpus:
+        runs_on_cpus(chosen)
     single = chosen.engine == "NO"
     if processes is None:
         processes = 1 if single else devices * number or (chosen.processes if chosen.use_cpu else _ON_CPUS * number)
@@ -140,6 +140,12 @@ def line(
     if processes > 1:  # 0: any free one
         options += ["--main_process_port", str(machines.main_process_port or 0)]
     return Line(environment=environment, arguments=[*options, "-m", module, *arguments])
+
+
+def runs_on_cpus(chosen: Layout) -> None:
+    """Raise UserError for a layout that is another one on CPUs."""
+    if chosen.engine == "FSDP":
+        raise UserError(f"command line: --cpu: accelerate runs DDP in place of FSDP on CPUs; {_without_gpus(chosen)}")
 
 
 def start(launched: Line, stop: Stop, ended: Callable[[], bool]) -> int:
