@@ -79,9 +79,10 @@ def layout(name: str) -> Layout:
         raise UserError(f"command line: --launch: there is no layout {name!r}{told}")
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        engine = given["distributed_type"]
         return Layout(
             path=path,
-            engine=str(given["distributed_type"]).upper(),
+            engine="NO" if engine is False else str(engine).upper(),  # a bare NO is no word to YAML
             processes=int(given.get("num_processes", 1)),
             use_cpu=bool(given.get("use_cpu")),
         )
