@@ -30,6 +30,19 @@ def test_an_offline_machine_is_told_what_is_left(found):
     assert "HF_HUB_OFFLINE" in found["Hub"].told
 
 
+@pytest.mark.parametrize("address", ["http://a:b", "http://[::1", "huggingface.co"])
+def test_an_address_that_is_none_is_a_line(address, command, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    told = doctor._hub()
+    assert not told.well
+    assert told.told == f"HF_ENDPOINT is {address!r}: it is no address; it takes one like https://huggingface.co"
+    if address != "huggingface.co":  # which nothing fails to import with
+        done = command("doctor")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert told.told in done.stdout
+
+
 def test_no_token_is_shown(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_mine")
     told = doctor._token()

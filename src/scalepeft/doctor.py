@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import platform
@@ -13,11 +14,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from scalepeft.console import quiet_upstream, say, table
-from scalepeft.errors import one_line
-from scalepeft.fetch import cache_dir
+from scalepeft.errors import UserError, one_line
+from scalepeft.fetch import cache_dir, hub_address, through_proxy, told_offline
 from scalepeft.hardware import host_memory, shown
 
 
@@ -206,31 +206,39 @@ def _deepspeed() -> Finding:
 
 
 def _hub() -> Finding:
-    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if told_offline():
         return Finding(what="Hub", well=False, told="HF_HUB_OFFLINE is set: only what is in the cache is found")
-    if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
-        return Finding(what="Hub", well=True, told=f"{url.hostname} through a proxy, not tried")
     try:
-        socket.create_connection((url.hostname or "", url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
-    except OSError as error:
+        host, port = hub_address()
+    except UserError as error:
+        return Finding(what="Hub", well=False, told=str(error), mend="nothing that trains can be imported before")
+    if through_proxy():
+        return Finding(what="Hub", well=True, told=f"{host} through a proxy, not tried")
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except (OSError, UnicodeError) as error:
         mend = "`scalepeft fetch RECIPE` fills the caches where there is a network; `fetched:` names need none"
-        return Finding(what="Hub", well=False, told=f"{url.hostname} cannot be reached: {one_line(error)}", mend=mend)
-    return Finding(what="Hub", well=True, told=f"{url.hostname} can be reached")
+        return Finding(what="Hub", well=False, told=f"{host} cannot be reached: {one_line(error)}", mend=mend)
+    return Finding(what="Hub", well=True, told=f"{host} can be reached")
 
 
 def _token() -> Finding:
-    from huggingface_hub import get_token
-
+    try:
+        from huggingface_hub import get_token
+    except ValueError:  # of an HF_ENDPOINT that is no address
+        return Finding(what="Hub token", well=False, told="not known", mend="what is told of the Hub comes first")
     there = bool(get_token())
     mend = "" if there else "gated models and `scalepeft push` need one: hf auth login, or HF_TOKEN"
     return Finding(what="Hub token", well=there, told="there" if there else "none", mend=mend)
 
 
 def _caches() -> Iterator[Finding]:
-    from huggingface_hub.constants import HF_HUB_CACHE
+    caches = [("own cache", cache_dir(), "SCALEPEFT_CACHE")]
+    with contextlib.suppress(ValueError):  # of an HF_ENDPOINT that is no address
+        from huggingface_hub.constants import HF_HUB_CACHE
 
-    for what, folder, variable in (("Hub cache", Path(HF_HUB_CACHE), "HF_HOME"), ("own cache", cache_dir(), "SCALEPEFT_CACHE")):
+        caches.insert(0, ("Hub cache", Path(HF_HUB_CACHE), "HF_HOME"))
+    for what, folder, variable in caches:
         taken = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free = shutil.disk_usage(there).free

@@ -52,8 +52,9 @@ def of_training(recipe: Recipe, corpus: Corpus) -> Expected | str | None:
     if not speaks():
         return None
     unset_hf_deepspeed_config()  # of an earlier training of this process: under ZeRO-3 it would divide the plan's model, too
-    accelerator, layout = _on_accelerator(), sharding.launched()
+    accelerator = _on_accelerator()
     try:
+        layout = sharding.launched()
         rows = workload.of(recipe, corpus)
         kept = _kept(recipe, rows, layout, accelerator=accelerator)
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none there, or damaged

@@ -78,18 +78,46 @@ def missing_inputs(recipe: Recipe) -> None:
 
 
 def offline_if_unreachable(recipe: Recipe) -> None:
-    """Tell the Hub's libraries to use their caches alone when the Hub cannot be reached. Call before importing them.
+    """Tell the Hub's libraries to use their caches alone when the Hub cannot be reached. Best called before importing them.
 
-    By themselves they try each file six times, for half a minute, before they look into the cache.
+    By themselves they try each file six times, for half a minute, before they look into the cache. Raises UserError for an
+    HF_ENDPOINT that is no address.
     """
+    address = hub_address()  # for every recipe: with one that cannot be read huggingface_hub cannot be imported
     hub_ids = [p for _, p in _inputs(recipe) if not p.startswith(PREFIX) and not is_local(p) and not Path(p).exists()]
-    if not hub_ids or any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
+    if not hub_ids or through_proxy():
         return
-    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    if not told_offline():
+        try:
+            socket.create_connection(address, timeout=5).close()
+        except (OSError, UnicodeError):  # a host's name that cannot be one
+            os.environ["HF_HUB_OFFLINE"] = "1"
+    if told_offline():
+        for name in ("huggingface_hub.constants", "datasets.config"):  # which read the variable once, when imported
+            if name in sys.modules:
+                sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+
+
+def hub_address() -> tuple[str, int]:
+    """The host and port of the Hub. Raises UserError for an HF_ENDPOINT that is no address."""
+    given = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
-        socket.create_connection((url.hostname or "", url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        url = urlsplit(given)
+        if url.scheme in ("http", "https") and url.hostname:
+            return url.hostname, url.port or (80 if url.scheme == "http" else 443)
+    except ValueError:  # a port that is no number, or a bracket without its other
+        pass
+    raise UserError(f"HF_ENDPOINT is {given!r}: it is no address; it takes one like https://huggingface.co")
+
+
+def through_proxy() -> bool:
+    """Whether the Hub is asked through a proxy, so that its own address says nothing."""
+    return any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ)
+
+
+def told_offline() -> bool:
+    """Whether the environment says that the Hub is not to be asked."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -124,8 +124,9 @@ def overview(folder: str, configs: Path | None = None) -> str:
 
     `configs` holds configurations of bases that cannot be reached, each in a folder called by the Hub id with `--` for `/`.
     """
-    if not Path(folder).is_dir():
-        raise UserError(f"command line: --all {folder}: is no folder")
+    for option, given in (("--all", folder), ("--configs", configs)):
+        if given is not None and not (str(given) and Path(given).is_dir()):
+            raise UserError(f"command line: {option} {str(given)!r}: is no folder")
     files = sorted(Path(folder).rglob("*.yaml"))
     if not files:
         raise UserError(f"command line: --all {folder}: holds no recipe")

@@ -79,13 +79,14 @@ def layout(name: str) -> Layout:
         raise UserError(f"command line: --launch: there is no layout {name!r}{told}")
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        engine = given["distributed_type"]
         return Layout(
             path=path,
-            engine=str(given["distributed_type"]).upper(),
+            engine="NO" if engine is False else str(engine).upper(),  # a bare NO is no word to YAML
             processes=int(given.get("num_processes", 1)),
             use_cpu=bool(given.get("use_cpu")),
         )
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, OverflowError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         told = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise UserError(f"{path}: is no launch file of accelerate: {told}") from None
 
@@ -105,8 +106,8 @@ def line(
         raise UserError(
             f"command line: --launch {chosen.path.stem}: {told}; {_without_gpus(chosen)}; `scalepeft doctor` says why"
         )
-    if chosen.engine == "FSDP" and on_cpus:
-        raise UserError(f"command line: --cpu: accelerate runs DDP in place of FSDP on CPUs; {_without_gpus(chosen)}")
+    if on_cpus:
+        runs_on_cpus(chosen)
     single = chosen.engine == "NO"
     if processes is None:
         processes = 1 if single else devices * number or (chosen.processes if chosen.use_cpu else _ON_CPUS * number)
@@ -140,6 +141,12 @@ def line(
     if processes > 1:  # 0: any free one
         options += ["--main_process_port", str(machines.main_process_port or 0)]
     return Line(environment=environment, arguments=[*options, "-m", module, *arguments])
+
+
+def runs_on_cpus(chosen: Layout) -> None:
+    """Raise UserError for a layout that is another one on CPUs."""
+    if chosen.engine == "FSDP":
+        raise UserError(f"command line: --cpu: accelerate runs DDP in place of FSDP on CPUs; {_without_gpus(chosen)}")
 
 
 def start(launched: Line, stop: Stop, ended: Callable[[], bool]) -> int:

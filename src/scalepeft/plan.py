@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--price", type=float, metavar="AMOUNT", help="of a device-hour")
     parser.add_argument("--json", action="store_true", help="print figures for machines")
     options = parser.parse_intermixed_args(arguments)
-    _check(options)
-    device = hardware.device(options.gpu) if options.gpu else hardware.of_memory(options.memory) if options.memory else None
-    if options.all:
+    _check(options, parser)
+    if options.all is not None:
         say(fitting.overview(options.all, options.configs))
         return 0
+    device = hardware.device(options.gpu) if options.gpu is not None else None
+    device = hardware.of_memory(options.memory) if options.memory is not None else device
     recipe = recipes.load(options.recipe, options.overrides)
-    layout = sharding.read(options.launch, options.num_processes)
-    found = plan(recipe, layout, device, rows=options.rows, accelerator=not options.cpu)
+    layout = sharding.read(options.launch, options.num_processes, cpu=options.cpu)
+    if layout.on_cpus and options.gpu is not None:
+        raise UserError(f"command line: --gpu {options.gpu}: the plan is one for CPUs; --memory says what a process may take")
+    found = plan(recipe, layout, device, rows=options.rows, accelerator=not layout.on_cpus)
     if options.json:
         say(json.dumps(_figures(found, options), indent=2))
         return 0
@@ -58,16 +62,22 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if (options.recipe is None) == (options.all is None):
         raise UserError("command line: give a recipe, or --all and a folder")
-    if options.gpu and options.memory:
+    if options.all is not None:
+        given = [name for name, value in vars(options).items() if value not in (parser.get_default(name), [])]
+        if idle := [f"--{name.replace('_', '-')}" for name in given if name not in ("all", "configs")]:
+            raise UserError(f"command line: {', '.join(idle)} would do nothing with --all; give it with a recipe")
+    elif options.configs is not None:
+        raise UserError("command line: --configs goes with --all; model.name_or_path=FOLDER stands for the base of a recipe")
+    if options.gpu is not None and options.memory is not None:
         raise UserError("command line: give --gpu or --memory, not both")
     if not 0 < options.mfu <= 1:
         raise UserError(f"command line: --mfu is {options.mfu}; it is a share above 0 and at most 1")
     for name in ("rows", "price"):
-        if (value := getattr(options, name)) is not None and value <= 0:
-            raise UserError(f"command line: --{name} is {value}; it is above 0")
+        if (value := getattr(options, name)) is not None and not 0 < value < math.inf:
+            raise UserError(f"command line: --{name} is {value}; it is above 0 and finite")
 
 
 # --- what is told ------------------------------------------------------------------------------------------------------
@@ -82,7 +92,7 @@ def _blocks(found: Plan, options: argparse.Namespace) -> Iterator[str]:
             (f"{found.recipe.name} on {on} ({found.layout.name})",),
             ("  model", found.recipe.model.name_or_path),
             ("  trains", f"{counts['trainable']:,} of {counts['total']:,} parameters"),
-            ("  batch", f"{len(found.rows.longest)} rows of {longest:,} tokens ({found.rows.told})"),
+            ("  batch", f"{_some(len(found.rows.longest), 'row')} of {_some(longest, 'token')} ({found.rows.told})"),
         ],
         right=False,
     )
@@ -121,7 +131,7 @@ def _beside(found: Plan) -> dict[str, int]:
     if found.recipe.adapter is not None:
         beside["host, merging: the largest tensors (estimate)"] = int(4 * prediction.largest + PROCESS[2])
         beside["disk, merged model"] = prediction.unquantised
-    beside[f"disk, {kept} checkpoint{'s' if kept > 1 else ''}"] = kept * (prediction.saved + states)
+    beside[f"disk, {_some(kept, 'checkpoint')}"] = kept * (prediction.saved + states)
     if found.recipe.cache_frozen_layers is not None:
         beside["disk, states of the frozen layers (at most)"] = hardware.size(found.recipe.cache_frozen_layers)
     return beside
@@ -130,15 +140,14 @@ def _beside(found: Plan) -> dict[str, int]:
 def _work(found: Plan, options: argparse.Namespace) -> list[tuple[str, ...]]:
     prediction, steps = found.found, found.steps
     rows: list[tuple[str, ...]] = [("work",)]
-    batch = (
-        f"{found.global_batch} rows ({len(found.rows.longest)} x {found.accumulation} accumulated x {found.layout.processes})"
-    )
-    rows.append(("  a step", f"{batch}, {_count(prediction.flops * found.accumulation * found.layout.processes)}FLOP"))
+    parts = f"{len(found.rows.longest)} x {found.accumulation} accumulated x {found.layout.processes}"
+    flops = _count(prediction.flops * found.accumulation * found.layout.processes)
+    rows.append(("  a step", f"{_some(found.global_batch, 'row')} ({parts}), {flops}FLOP"))
     if steps is None:
         return [*rows, ("  the run", "unknown: the rows are not at hand to be counted; --rows N says how many there are")]
     tokens = found.rows.tokens
-    told = f"{steps:,} steps" + (f", {found.rows.rows:,} rows an epoch" if found.rows.rows else "")
-    told += f", {tokens:,} tokens an epoch" if tokens else ""
+    told = _some(steps, "step") + (f", {_some(found.rows.rows, 'row')} an epoch" if found.rows.rows else "")
+    told += f", {_some(tokens, 'token')} an epoch" if tokens else ""
     assert found.flops is not None  # noqa: S101  # the steps are known
     rows.append(("  the run", f"{told}, {'' if tokens else 'at most '}{_count(found.flops)}FLOP"))
     if (hours := found.hours(options.mfu)) is not None:
@@ -151,15 +160,22 @@ def _work(found: Plan, options: argparse.Namespace) -> list[tuple[str, ...]]:
     return rows
 
 
+def _some(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def _count(number: float) -> str:
-    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if number >= size:
             return f"{number / size:.3g} {prefix}"
     return f"{number:.0f} "
 
 
 def _time(hours: float) -> str:
-    return f"{hours * 60:.1f} min" if hours < 1 else f"{hours:.1f} h"
+    for size, unit in ((1, "h"), (1 / 60, "min")):
+        if hours >= size:
+            return f"{hours / size:.1f} {unit}"
+    return f"{hours * 3600:.2g} s"
 
 
 def _figures(found: Plan, options: argparse.Namespace) -> dict[str, Any]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from scalepeft import launch, ranks
-from scalepeft.errors import UserError
+from scalepeft.errors import UserError, one_line
 
 # DeepSpeed 0.19's defaults, in elements: the launch files leave them as they are
 BUCKET = 500_000_000
@@ -38,6 +39,7 @@ class Layout:
     processes: int = 1
     optimizer_on_host: bool = False
     parameters_on_host: bool = False
+    on_cpus: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,44 +123,109 @@ class Held:
     frees_gradients: bool = False
 
 
-def read(name: str | None, processes: int | None) -> Layout:
-    """A layout by the name that `--launch` takes. Raises UserError for what cannot be launched."""
+def read(name: str | None, processes: int | None, *, cpu: bool = False) -> Layout:
+    """A layout by the name that `--launch` takes; `cpu`: as `--cpu` has it. Raises UserError for what cannot be launched."""
     if processes is not None and processes < 1:
         raise UserError(f"command line: --num-processes is {processes}; it is 1 or more")
     if name is None:
-        return Layout() if processes in (None, 1) else read("multi_gpu", processes)
+        one, several = ("cpu", "multi_cpu") if cpu else ("single_gpu", "multi_gpu")
+        return read(one if processes in (None, 1) else several, processes)
     found = launch.layout(name)
-    given: Mapping[str, Any] = yaml.safe_load(found.path.read_text(encoding="utf-8"))
-    engine = "MULTI" if found.engine.startswith("MULTI") else found.engine
+    if found.engine not in _ENGINES:
+        raise UserError(f"{found.path}: distributed_type {found.engine!r} is not served; there are {', '.join(_ENGINES)}")
+    if cpu or found.use_cpu:
+        launch.runs_on_cpus(found)
+    engine = _ENGINES[found.engine]
     count = processes if processes is not None else (1 if engine == "NO" else found.processes)
+    if count < 1:
+        raise UserError(f"{found.path}: num_processes is {count}; it is 1 or more, and --num-processes overrides it")
     if engine == "NO" and count > 1:
         raise UserError(f"command line: --num-processes {count}: --launch {name} is the layout of one; multi_gpu has several")
-    deepspeed, fsdp = given.get("deepspeed_config") or {}, given.get("fsdp_config") or {}
-    on_host = bool(fsdp.get("fsdp_offload_params"))
-    return Layout(
-        name=Path(name).stem,
-        engine=engine,
-        stage=int(deepspeed.get("zero_stage", 0)),
-        processes=count,
-        optimizer_on_host=on_host or deepspeed.get("offload_optimizer_device", "none") != "none",
-        parameters_on_host=on_host or deepspeed.get("offload_param_device", "none") != "none",
-    )
+    layout = Layout(name=Path(name).stem, engine=engine, processes=count, on_cpus=cpu or found.use_cpu)
+    return _divided(layout, _section(found.path, engine), str(found.path))
 
 
 def launched() -> Layout:
-    """The layout that the launcher of this process has asked for."""
+    """The layout that the launcher of this process has asked for. Raises UserError for a DeepSpeed file that is none."""
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    processes, told = ranks.processes(), "ACCELERATE_DEEPSPEED_OFFLOAD_"
-    fsdp_on_host = os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
-    return Layout(
-        name="launched",
-        engine="DEEPSPEED" if deepspeed else "FSDP" if fsdp else "MULTI" if processes > 1 else "NO",
-        stage=int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")) if deepspeed else 0,
-        processes=processes,
-        optimizer_on_host=fsdp_on_host or os.environ.get(f"{told}OPTIMIZER_DEVICE", "none") != "none",
-        parameters_on_host=fsdp_on_host or os.environ.get(f"{told}PARAM_DEVICE", "none") != "none",
+    processes = ranks.processes()
+    engine = "DEEPSPEED" if deepspeed else "FSDP" if fsdp else "MULTI" if processes > 1 else "NO"
+    layout = Layout(name="launched", engine=engine, processes=processes, on_cpus=launch.on_cpu())
+    # accelerate's variables are the keys of its launch files
+    named = {f"ACCELERATE_DEEPSPEED_{key.upper()}": key for key in _OF_ZERO}
+    named |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": _FILE, "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params"}
+    return _divided(layout, {key: os.environ[name] for name, key in named.items() if name in os.environ}, "the launcher")
+
+
+_ENGINES = {
+    "NO": "NO",
+    **dict.fromkeys((f"MULTI_{kind}" for kind in ("GPU", "XPU", "NPU", "HPU", "MLU", "MUSA", "SDAA", "NEURON")), "MULTI"),
+    "DEEPSPEED": "DEEPSPEED",
+    "FSDP": "FSDP",
+}
+"""Of accelerate's distributed_type those that are served. MULTI_CPU is not: it starts one process, whatever it is asked for."""
+
+_OF_ZERO = {
+    "zero_stage": ("stage", "2", ("0", "1", "2", "3")),
+    "offload_optimizer_device": ("offload_optimizer.device", "none", ("none", "cpu", "nvme")),
+    "offload_param_device": ("offload_param.device", "none", ("none", "cpu", "nvme")),
+}
+"""Keys of a launch file's deepspeed_config: as DeepSpeed's own file has them, accelerate's default, and what they may be."""
+_FILE = "deepspeed_config_file"
+_TRUE = ("true", "1", "yes", "y", "t", "on")
+
+
+def _section(path: Path, engine: str) -> Mapping[str, Any]:
+    """What a launch file says of its engine."""
+    key = f"{engine.lower()}_config"
+    said = yaml.safe_load(path.read_text(encoding="utf-8")).get(key) or {}
+    if not isinstance(said, Mapping):
+        raise UserError(f"{path}: {key} is a {type(said).__name__}; it takes a mapping")
+    beside = [name for name in _OF_ZERO if said.get(name) is not None]
+    if said.get(_FILE) is not None and beside:
+        raise UserError(f"{path}: {', '.join(beside)} beside {_FILE}: accelerate refuses them; say it in {said[_FILE]}")
+    return said
+
+
+def _divided(layout: Layout, said: Mapping[str, Any], where: str) -> Layout:
+    """A layout with what is said of its engine, in the words of accelerate's launch files."""
+    if layout.engine == "FSDP":
+        offloads = said.get("fsdp_offload_params", said.get("offload_params"))  # accelerate puts fsdp_ before what lacks it
+        on_host = str(offloads).lower() in _TRUE
+        return replace(layout, optimizer_on_host=on_host, parameters_on_host=on_host)
+    if layout.engine != "DEEPSPEED":
+        return layout
+    file = None if said.get(_FILE) in (None, "none") else str(said[_FILE])
+    if file is not None:
+        said = {**said, **_of_deepspeed(file, where)}
+    found = {}
+    for key, (own, default, known) in _OF_ZERO.items():
+        found[key] = str(default if said.get(key) is None else said[key]).lower()
+        if found[key] not in known:
+            place = f"{file}: zero_optimization.{own}" if file else f"{where}: {key}"
+            raise UserError(f"{place} is {found[key]!r}; it is one of {', '.join(known)}")
+    return replace(
+        layout,
+        stage=int(found["zero_stage"]),
+        optimizer_on_host=found["offload_optimizer_device"] != "none",
+        parameters_on_host=found["offload_param_device"] != "none",
     )
+
+
+def _of_deepspeed(file: str, where: str) -> dict[str, Any]:
+    """What DeepSpeed's own file says, in the words of launch files; what it leaves to accelerate (`auto`) left out."""
+    try:
+        said = json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"]
+        own = {"zero_stage": said.get("stage", 0)}  # DeepSpeed's default, where accelerate's is 2
+        for part in ("offload_optimizer", "offload_param"):
+            own[f"{part}_device"] = (said.get(part) or {}).get("device", "none")
+    except FileNotFoundError:
+        raise UserError(f"{where}: {_FILE}: {file} is not there; accelerate looks for it from the folder it runs in") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(f"{where}: {_FILE}: {file} is no file of DeepSpeed: {told}") from None
+    return {key: value for key, value in own.items() if value != "auto"}
 
 
 def held(tensors: Sequence[Tensor], layout: Layout, optimizer: Optimizer, *, half: bool) -> Held:
