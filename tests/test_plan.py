@@ -226,6 +226,32 @@ def test_a_configuration_that_no_model_can_have_is_a_line(sft, tmp_path):
         forecast.plan(sft(llama(tmp_path / "wrong", num_hidden_layers="many")), sharding.Layout())
 
 
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({"save_strategy": "no"}, []),
+        ({"save_total_limit": 3}, ["disk, 3 checkpoints"]),
+        ({"save_total_limit": 1, "load_best_model_at_end": True}, ["disk, 2 checkpoints"]),
+        ({"save_total_limit": None}, ["disk, each checkpoint, of which all are kept"]),
+    ],
+)
+def test_checkpoints_on_disk_are_as_many_as_are_kept(sft, changes, lines):
+    found = forecast.plan(sft(**changes), sharding.Layout(), accelerator=False)
+    beside = plan._beside(found)
+    assert [name for name in beside if "checkpoint" in name] == lines
+    each = found.found.saved + found.found.standing["optimizer states"]
+    assert [beside[name] for name in lines] == [each * (int(name[6]) if name[6].isdigit() else 1) for name in lines]
+    total = 4 * (found.found.parameters["total"] - found.found.parameters["trainable"])
+    assert beside["disk, merged model"] == total
+
+
+def test_a_plan_for_cpus_proposes_layouts_of_cpus(sft):
+    found = forecast.plan(sft(), sharding.read(None, 2, cpu=True), accelerator=False)
+    launched = [change for change in fitting._changes(found) if "--launch" in change.told]
+    assert launched
+    assert all(" --cpu" in change.told and change.layout.on_cpus for change in launched)
+
+
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING"])
 def test_prompts_are_planned(sft, kind):
     recipe = replace(sft(), adapter={"peft_type": kind, "num_virtual_tokens": 5})

@@ -96,11 +96,11 @@ def _same_training(found: Plan) -> Iterator[Change]:
     told = ", ".join(filter(None, (told, "" if recomputed else on)))
     if layout.processes > 1:
         for name in ("zero2", "zero3", "zero3_offload"):
-            new = sharding.read(name, layout.processes)
+            new = sharding.read(name, layout.processes, cpu=layout.on_cpus)
             if (new.stage, new.parameters_on_host) > (layout.stage, layout.parameters_on_host) and layout.engine != "FSDP":
                 on_host = new.optimizer_on_host and prediction.optim(recipe) not in engines.OF_TORCH
                 stepped = ("training.optim=adamw_torch_fused",) if on_host else ()
-                launched = ", ".join((f"--launch {name}", *stepped))
+                launched = ", ".join((f"--launch {name}{' --cpu' if layout.on_cpus else ''}", *stepped))
                 yield Change(told=launched, overrides=stepped, layout=new)
                 yield Change(told=", ".join(filter(None, (launched, told))), overrides=(*stepped, *given), layout=new)
 

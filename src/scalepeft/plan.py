@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,19 +120,23 @@ def _beside(found: Plan) -> dict[str, int]:
     """Bytes of the host and of the disk."""
     from scalepeft import kinds
 
-    prediction, processes = found.found, found.layout.processes
-    checkpoints = kinds.option(found.recipe, "save_total_limit")
-    kept = int(checkpoints) if checkpoints else 1
-    states = prediction.items.get("optimizer states", 0) + prediction.host.get("optimizer states", 0)
-    states *= processes if found.layout.engine in ("DEEPSPEED", "FSDP") else 1
+    prediction, layout = found.found, found.layout
+    held = Counter(prediction.host) + Counter(found.found.standing)
+    states = held["optimizer states"] + held["master weights"]
+    every = states * (layout.processes if layout.engine == "FSDP" or layout.stage else 1)
     training = sum(prediction.host.values())
     beside = {"host, each process, in training": int(training + PROCESS[2])}
     beside["host, each process, while loading (estimate)"] = int(max(training, prediction.largest * 2) + PROCESS[2])
-    beside["host, each process, while saving (estimate)"] = int(training + prediction.saved + states / processes + PROCESS[2])
+    beside["host, each process, while saving (estimate)"] = int(training + prediction.saved + states + PROCESS[2])
     if found.recipe.adapter is not None:
         beside["host, merging: the largest tensors (estimate)"] = int(4 * prediction.largest + PROCESS[2])
-        beside["disk, merged model"] = prediction.unquantised
-    beside[f"disk, {_some(kept, 'checkpoint')}"] = kept * (prediction.saved + states)
+        beside["disk, merged model"] = prediction.unquantised - prediction.saved
+    beside["disk, what was trained"] = prediction.saved
+    if kinds.option(found.recipe, "save_strategy") != "no":
+        limit = int(kinds.option(found.recipe, "save_total_limit") or 0)
+        kept = max(limit, 2) if limit and kinds.option(found.recipe, "load_best_model_at_end") else limit  # last and best
+        which = f"disk, {_some(kept, 'checkpoint')}" if kept else "disk, each checkpoint, of which all are kept"
+        beside[which] = max(kept, 1) * (prediction.saved + every)
     if found.recipe.cache_frozen_layers is not None:
         beside["disk, states of the frozen layers (at most)"] = hardware.size(found.recipe.cache_frozen_layers)
     return beside
@@ -156,7 +161,9 @@ def _work(found: Plan, options: argparse.Namespace) -> list[tuple[str, ...]]:
             if options.price
             else ""
         )
-        rows.append(("  time", f"{_time(hours)} at {options.mfu:.0%} of the published speed{cost}; evaluation not counted"))
+        rows.append(
+            ("  time", f"{_time(hours)} at {options.mfu:.0%} of the published speed in 16 bits{cost}; evaluation not counted")
+        )
     return rows
 
 

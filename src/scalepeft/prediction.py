@@ -23,6 +23,8 @@ class Prediction:
     """The worst moment: loading, forward, loss, backward, optimizer step or evaluation."""
     items: Mapping[str, int]
     """Bytes on the device at that moment, by what they are."""
+    standing: Mapping[str, int]
+    """Bytes on the device that are held throughout training."""
     host: Mapping[str, int]
     """Bytes of the process on the host."""
     parameters: Mapping[str, int]
@@ -177,6 +179,7 @@ def predict(drawn: Sketch, layout: Layout) -> Prediction:
     return Prediction(
         moment=_MOMENTS.get(worst.split()[0], worst.split()[0]),
         items={name: size for name, size in moments[worst].items() if size},
+        standing=held.device,
         host=held.host,
         parameters=drawn.parameters,
         flops=step.flops,
