@@ -231,12 +231,14 @@ def test_a_configuration_that_no_model_can_have_is_a_line(sft, tmp_path):
     [
         ({"save_strategy": "no"}, []),
         ({"save_total_limit": 3}, ["disk, 3 checkpoints"]),
-        ({"save_total_limit": 1, "load_best_model_at_end": True}, ["disk, 2 checkpoints"]),
+        ({"save_total_limit": 1, "load_best_model_at_end": True}, ["disk, 2 checkpoints"]),  # the last and the best
         ({"save_total_limit": None}, ["disk, each checkpoint, of which all are kept"]),
     ],
 )
 def test_checkpoints_on_disk_are_as_many_as_are_kept(sft, changes, lines):
-    found = forecast.plan(sft(**changes), sharding.Layout(), accelerator=False)
+    recipe = sft()
+    recipe = replace(recipe, training=recipe.training | changes)
+    found = forecast.plan(recipe, sharding.Layout(), accelerator=False)
     beside = plan._beside(found)
     assert [name for name in beside if "checkpoint" in name] == lines
     each = found.found.saved + found.found.standing["optimizer states"]
