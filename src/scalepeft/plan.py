@@ -97,7 +97,7 @@ def _blocks(found: Plan, options: argparse.Namespace) -> Iterator[str]:
         ],
         right=False,
     )
-    rows: list[tuple[str, ...]] = [(f"each device, in the {prediction.moment}",)]
+    rows: list[tuple[str, ...]] = [(f"each device at the worst moment, {prediction.moment}",)]
     rows += [(f"  {name}", hardware.shown(size)) for name, size in _sorted(prediction.items) if size >= 2**10]
     rows.append(("  allocated", hardware.shown(prediction.peak)))
     if found.accelerator:
