@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalepeft import engines, expected, fitting, forecast, hardware, plan, sharding
+from scalepeft import engines, expected, fitting, forecast, hardware, launch, plan, sharding
 from scalepeft import recipe as recipes
 from scalepeft.errors import UserError
 
@@ -245,6 +245,13 @@ def test_checkpoints_on_disk_are_as_many_as_are_kept(sft, changes, lines):
     assert [beside[name] for name in lines] == [each * (int(name[6]) if name[6].isdigit() else 1) for name in lines]
     total = 4 * (found.found.parameters["total"] - found.found.parameters["trainable"])
     assert beside["disk, merged model"] == total
+
+
+@pytest.mark.parametrize("name", ["zero3", "multi_cpu"])
+def test_as_many_processes_are_planned_for_cpus_as_the_launch_line_starts(name):
+    line = launch.line(launch.layout(name), "x", [], processes=None, cpu=True, machines=launch.Machines())
+    started = int(line.arguments[line.arguments.index("--num_processes") + 1])
+    assert sharding.read(name, None, cpu=True).processes == started == 2
 
 
 def test_a_plan_for_cpus_proposes_layouts_of_cpus(sft):

@@ -24,7 +24,7 @@ from scalepeft.stops import SIGNALS, Stop
 
 _OF_OTHER_LAUNCHERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables by which torchrun, accelerate or mpirun tell a process how many there are."""
-_ON_CPUS = 2
+ON_CPUS = 2
 """Processes of `--cpu` when nothing is said: the least that divides anything."""
 
 
@@ -110,7 +110,7 @@ def line(
         runs_on_cpus(chosen)
     single = chosen.engine == "NO"
     if processes is None:
-        processes = 1 if single else devices * number or (chosen.processes if chosen.use_cpu else _ON_CPUS * number)
+        processes = 1 if single else devices * number or (chosen.processes if chosen.use_cpu else ON_CPUS * number)
     if processes < 1 or processes % number:
         told = f"{processes} processes cannot be divided evenly among {number} machines"
         raise UserError(

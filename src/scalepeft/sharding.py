@@ -136,7 +136,8 @@ def read(name: str | None, processes: int | None, *, cpu: bool = False) -> Layou
     if cpu or found.use_cpu:
         launch.runs_on_cpus(found)
     engine = _ENGINES[found.engine]
-    count = processes if processes is not None else (1 if engine == "NO" else found.processes)
+    written = launch.ON_CPUS if cpu and not found.use_cpu else found.processes  # as the launch line has it
+    count = processes if processes is not None else (1 if engine == "NO" else written)
     if count < 1:
         raise UserError(f"{found.path}: num_processes is {count}; it is 1 or more, and --num-processes overrides it")
     if engine == "NO" and count > 1:
