@@ -298,6 +298,14 @@ def test_a_large_batch_of_evaluation_is_the_worst_moment(sft):
     assert found.items["optimizer states"] == same.items["optimizer states"]
 
 
+def test_an_evaluation_that_is_too_large_to_be_planned_is_a_note(sft):
+    recipe = sft(per_device_eval_batch_size=10**12)
+    recipe = replace(recipe, data=replace(recipe.data, evaluation={"test": recipe.data.train}))
+    found = forecast.plan(recipe, sharding.Layout(), accelerator=False).found
+    assert found.moment != "evaluation"
+    assert any("the evaluation is not counted" in note for note in found.notes)
+
+
 def test_four_bit_weights_are_whole_on_each_device_while_fsdp_loads_them(sft, tmp_path):
     base = llama(tmp_path / "wide", hidden_size=512, intermediate_size=1024, num_hidden_layers=20)
     recipe = replace(sft(base, max_length=8), quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})

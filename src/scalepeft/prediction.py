@@ -10,7 +10,7 @@ from typing import Any
 
 from scalepeft import blueprint, engines, footprint, kinds, sharding, workload
 from scalepeft.blueprint import Blueprint, Quantised
-from scalepeft.errors import one_line
+from scalepeft.errors import UserError, one_line
 from scalepeft.recipe import Recipe
 from scalepeft.sharding import Held, Layout, Tensor
 
@@ -100,9 +100,12 @@ def sketch(recipe: Recipe, rows: workload.Rows, layouts: Sequence[Layout], *, ac
             notes.append(f"the step cannot be traced ({one_line(error)[:120]}): activations and operations are estimates")
     evaluation = None
     if _padded(rows.evaluated) > _padded(lengths) and not any(step.estimate for step in steps.values()):
-        shown = workload.without_mask(recipe, rows.evaluated)
-        measured = workload.loss(recipe, drawn.base, shown, accelerator=accelerator)
-        evaluation = trace(workload.batch(recipe, shown), measured, evaluates=True)
+        try:
+            shown = workload.without_mask(recipe, rows.evaluated)
+            measured = workload.loss(recipe, drawn.base, shown, accelerator=accelerator)
+            evaluation = trace(workload.batch(recipe, shown), measured, evaluates=True)
+        except (UserError, *footprint.UNTRACEABLE) as error:
+            notes.append(f"the evaluation is not counted, for it cannot be traced: {one_line(error)[:120]}")
     large = workload.mask(recipe, lengths)
     if meant is not lengths and not str(recipe.model.attn_implementation).startswith("flash"):
         notes.append(f"attention without its mask, which here would be one of {large:,} elements: flash attention needs none")

@@ -252,7 +252,7 @@ def _assumed(recipe: Recipe) -> Rows:
         raise recipe.error(key, f"{length} is no length to train on; it is {_LEAST} tokens or more")
     batch = int(kinds.option(recipe, "per_device_train_batch_size"))
     evaluated = int(kinds.option(recipe, "per_device_eval_batch_size")) if recipe.data.evaluation else 0
-    _bearable(recipe, max(batch, evaluated) * length)
+    _bearable(recipe, batch * length)
     documents = [[length]] * batch
     if _end_to_end(recipe) and recipe.training.get("packing"):
         documents = [[length // 2, length - length // 2]] * batch
@@ -261,4 +261,4 @@ def _assumed(recipe: Recipe) -> Rows:
     names = recipe.data.label_names
     labels = [str(name) for name in names] if names else list(map(str, range(config.num_labels)))
     labels = ["label"] if recipe.regression else labels
-    return Rows(longest=documents, told=told, labels=labels, evaluated=[[length]] * evaluated)
+    return Rows(longest=documents, told=told, labels=labels, evaluated=[[length]] * min(evaluated, _MOST // length + 1))
