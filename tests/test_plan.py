@@ -226,6 +226,7 @@ def test_a_configuration_that_no_model_can_have_is_a_line(sft, tmp_path):
         forecast.plan(sft(llama(tmp_path / "wrong", num_hidden_layers="many")), sharding.Layout())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("changes", "lines"),
     [
@@ -269,6 +270,7 @@ def test_prompts_are_planned(sft, kind):
     assert found.parameters["trainable"] >= 5 * 64
 
 
+@pytest.mark.long
 def test_tied_embeddings_are_there_once_and_added_tokens_are_counted(sft, tmp_path):
     config = {"vocab_size": 1000, "tie_word_embeddings": True}
     tied = forecast.plan(sft(llama(tmp_path / "tied", **config)), sharding.Layout(), accelerator=False).found
@@ -287,6 +289,7 @@ def test_adaloras_schedule_is_no_matter_to_a_plan(sft):
     assert forecast.plan(replace(sft(), adapter=adapter), sharding.Layout(), accelerator=False).found.parameters["trainable"]
 
 
+@pytest.mark.long
 def test_a_large_batch_of_evaluation_is_the_worst_moment(sft):
     recipe = sft(per_device_eval_batch_size=2)
     recipe = replace(recipe, data=replace(recipe.data, evaluation={"test": recipe.data.train}))
@@ -306,6 +309,7 @@ def test_an_evaluation_that_is_too_large_to_be_planned_is_a_note(sft):
     assert any("the evaluation is not counted" in note for note in found.notes)
 
 
+@pytest.mark.long
 def test_four_bit_weights_are_whole_on_each_device_while_fsdp_loads_them(sft, tmp_path):
     base = llama(tmp_path / "wide", hidden_size=512, intermediate_size=1024, num_hidden_layers=20)
     recipe = replace(sft(base, max_length=8), quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
@@ -324,6 +328,7 @@ def test_torchs_plain_adamw_takes_the_roots_of_all_means_at_once_on_an_accelerat
     assert in_step("adamw_torch_fused", accelerator=True) == in_step("adamw_torch", accelerator=False) == 0
 
 
+@pytest.mark.long
 def test_states_of_an_unknown_optimizer_may_be_next_to_nothing(sft):
     known, unknown = (forecast.plan(sft(optim=name), sharding.Layout()) for name in ("sgd", "apollo_adamw"))
     assert unknown.needed[0] <= known.needed[1] <= unknown.needed[1]
@@ -421,7 +426,7 @@ def test_the_memory_of_a_job_is_what_its_control_group_allows(tmp_path, monkeypa
     assert hardware.host_memory(tmp_path / "nowhere") == whole
 
 
-@pytest.fixture(params=["cpu", "accelerator"])
+@pytest.fixture(params=["cpu", pytest.param("accelerator", marks=pytest.mark.long)])
 def device(request, monkeypatch):
     """A CPU, or an accelerator, of which this process is told."""
     monkeypatch.setattr(expected, "_on_accelerator", lambda: request.param == "accelerator")
@@ -628,6 +633,7 @@ def test_what_does_nothing_for_all_recipes_is_refused(tmp_path, arguments, told)
     assert told in str(error.value)
 
 
+@pytest.mark.long
 def test_a_hub_that_cannot_be_reached_is_asked_once_for_all_recipes(sft, command, tmp_path):
     """Also after a recipe that needs no Hub, with which its libraries are imported."""
     local = sft().document.path
