@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,6 +165,16 @@ def test_a_70b_recipe_is_planned_in_a_minute_and_little_memory(tmp_path, command
     assert weights * 8 == pytest.approx((found["parameters"]["total"] - 2 * 128256 * 8192) / 2, rel=0.02)
 
 
+def test_what_is_recorded_keeps_what_is_claimed():
+    kept = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "plan_accuracy.json").read_text(encoding="utf-8"))
+    off = [of["predicted"]["peak"] / of["measured"] - 1 for of in kept["cases"].values()]
+    assert len(off) > 40
+    assert statistics.median(map(abs, off)) <= 0.03
+    assert -0.05 <= min(off) <= max(off) <= 0.1
+    figures = {of["told"]: of["peak"] / 1e9 for name, of in kept["published"].items() if name.endswith("float32")}
+    assert figures == {"36.6 GB each": pytest.approx(36.6, rel=0.1), "19.6 GB each": pytest.approx(19.6, rel=0.1)}
+
+
 # --- what is told -------------------------------------------------------------------------------------------------------
 
 
@@ -313,9 +324,12 @@ def test_an_evaluation_that_is_too_large_to_be_planned_is_a_note(sft):
 def test_four_bit_weights_are_whole_on_each_device_while_fsdp_loads_them(sft, tmp_path):
     base = llama(tmp_path / "wide", hidden_size=512, intermediate_size=1024, num_hidden_layers=20)
     recipe = replace(sft(base, max_length=8), quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
-    alone, divided = (forecast.plan(recipe, sharding.read(*of)).found for of in ((None, None), ("fsdp2_qlora", 64)))
+    layouts = [sharding.read(None, None), sharding.read("fsdp2_qlora", 64)]
+    layouts.append(replace(layouts[1], parameters_on_host=True, optimizer_on_host=True))
+    alone, divided, on_host = (found.found for found in forecast.plans(recipe, layouts, [None]))
     assert divided.moment == "loading"
     assert divided.items["weights, 4-bit"] == alone.items["weights, 4-bit"]
+    assert on_host.moment != "loading"
 
 
 def test_torchs_plain_adamw_takes_the_roots_of_all_means_at_once_on_an_accelerator(sft):

@@ -157,8 +157,8 @@ def predict(drawn: Sketch, layout: Layout) -> Prediction:
     moments["optimizer step"] = Counter(held.device) + Counter(
         {footprint.GRADIENTS: 0 if held.frees_gradients else gradients, "optimizer step": held.in_step}
     )
-    if layout.engine == "FSDP" and recipe.quantization is not None:
-        # upstream loads 4-bit weights whole onto each device, and divides them there
+    if layout.engine == "FSDP" and recipe.quantization is not None and not layout.parameters_on_host:
+        # 4-bit weights are loaded whole onto each device, and divided there; with offload, on the host
         moments["loading"] = Counter[str]()
         for tensor in drawn.tensors:
             moments["loading"][tensor.kind] += tensor.size
