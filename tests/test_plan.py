@@ -535,6 +535,14 @@ def test_layouts_divide_what_their_engine_divides(sft):
     assert zero2.items["optimizer states"] == pytest.approx(ddp.items["optimizer states"] / 4, rel=0.01)
 
 
+def test_stage_0_of_deepspeed_divides_no_state():
+    tensors = [sharding.Tensor(kind="weights", elements=1000, itemsize=4, trained=True)]
+    layouts = [sharding.Layout(engine="DEEPSPEED", stage=stage, processes=4) for stage in (0, 1)]
+    whole, part = (sharding.held(tensors, layout, sharding.OPTIMIZERS["adamw_torch"], half=False).device for layout in layouts)
+    for kind in ("optimizer states", "master weights"):
+        assert whole[kind] == 4 * part[kind] > 0
+
+
 LAUNCHED = {
     "fsdp_config: [1, 2]": ("FSDP", "fsdp_config is a list; it takes a mapping"),
     "deepspeed_config: {zero_stage: three}": ("DEEPSPEED", "zero_stage is 'three'; it is one of 0, 1, 2, 3"),

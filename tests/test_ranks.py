@@ -205,3 +205,4 @@ def test_zeros_bucket_for_gradients_holds_what_is_trained_unless_the_launch_file
     engines.before_deepspeed(accelerator, model)
     engines.before_deepspeed(accelerator, torch.nn.Linear(9, 9))
     assert plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] == model.weight.numel()
+    assert plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] is False, "offload would step DeepSpeedCPUAdam"

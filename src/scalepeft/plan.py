@@ -121,7 +121,7 @@ def _beside(found: Plan) -> dict[str, int]:
     from scalepeft import kinds
 
     prediction, layout = found.found, found.layout
-    held = Counter(prediction.host) + Counter(found.found.standing)
+    held = Counter(prediction.host) + Counter(prediction.standing)
     states = held["optimizer states"] + held["master weights"]
     every = states * (layout.processes if layout.engine == "FSDP" or layout.stage else 1)
     training = sum(prediction.host.values())
