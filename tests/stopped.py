@@ -12,14 +12,17 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import several  # before accelerate, for which it may set a variable
 from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
 
-from scalepeft import published, stops
+from scalepeft import checkpoint, published, stops
 from scalepeft import recipe as recipes
 from scalepeft.callbacks import StopRequest
 from scalepeft.errors import Interrupted
@@ -84,8 +87,18 @@ def carry_out(recipe: Path, places: Sequence[tuple[str, int, int]], *, training,
     return training(recipe) if finish else run
 
 
+def slowly(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
+    """As safetensors writes, under a name of its own first, and so slowly that another process meets that name."""
+    beside = path.with_name(".tmpSlowly")
+    save_file(tensors, beside, metadata=metadata)
+    time.sleep(0.3)
+    beside.rename(path)
+
+
 def main() -> None:
     overrides = several.prepared()
+    if RANK:
+        checkpoint.save_file = slowly
     for recipe, places, finish in json.loads(Path(sys.argv[1]).read_text()):
         AcceleratorState._reset_state()
         carry_out(Path(recipe), places, finish=finish, training=lambda path: train(recipes.load(path, overrides)))
