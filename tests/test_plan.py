@@ -23,6 +23,9 @@ LLAMA_70B = {
 """Llama 3.1 70B as it was published."""
 
 
+ON_CPU = sharding.Layout(on_cpus=True)
+
+
 def llama(folder: Path, **changes) -> Path:
     """A folder with a configuration alone."""
     folder.mkdir(exist_ok=True)
@@ -69,12 +72,12 @@ def sft(tmp_path):
     return made
 
 
-def whole(recipe, monkeypatch, **options) -> forecast.Plan:
+def whole(recipe, monkeypatch, layout: sharding.Layout) -> forecast.Plan:
     """The plan of a model all of whose layers are run."""
     from scalepeft import footprint
 
     monkeypatch.setattr(footprint, "_LONG", 1000)
-    return forecast.plan(recipe, sharding.Layout(), **options)
+    return forecast.plan(recipe, layout)
 
 
 RUNS = [(False, False), (True, True), *(pytest.param(*of, marks=pytest.mark.long) for of in ((True, False), (False, True)))]
@@ -83,8 +86,8 @@ RUNS = [(False, False), (True, True), *(pytest.param(*of, marks=pytest.mark.long
 @pytest.mark.parametrize(("checkpointing", "accelerator"), RUNS)
 def test_two_short_models_tell_of_a_deep_one_what_the_whole_of_it_tells(sft, monkeypatch, checkpointing, accelerator):
     recipe = sft(activation_checkpointing=checkpointing, gradient_accumulation_steps=2)
-    extended = forecast.plan(recipe, sharding.Layout(), accelerator=accelerator).found
-    traced = whole(recipe, monkeypatch, accelerator=accelerator).found
+    layout = sharding.Layout(on_cpus=not accelerator)
+    extended, traced = forecast.plan(recipe, layout).found, whole(recipe, monkeypatch, layout).found
     assert (extended.items, extended.flops, extended.moment) == (traced.items, traced.flops, traced.moment)
 
 
@@ -146,9 +149,34 @@ def test_the_parameters_are_those_of_the_model_that_is_trained(toy, train):
             "num_train_epochs": None,
         }
     )
-    found = forecast.plan(recipes.load(recipe), sharding.Layout(), accelerator=False)
+    found = forecast.plan(recipes.load(recipe), ON_CPU)
     assert found.found.parameters == train(recipe, verify=False).record["parameters"]
     assert found.steps == 1
+
+
+def test_of_a_quantised_base_on_a_cpu_the_whole_file_stays_mapped(sft):
+    recipe = sft(max_length=8)
+    plain = forecast.plan(recipe, ON_CPU).found
+    found = forecast.plan(replace(recipe, quantization={"load_in_4bit": True}), ON_CPU).found
+    assert found.items["checkpoint, mapped"] == plain.items["weights"]
+    assert found.items["adapter"] == plain.items["adapter"]
+
+
+def test_preferences_are_measured_from_a_copy_of_the_adapter_or_of_the_model(sft):
+    recipe = sft(max_length=8)
+    of_adapter = forecast.plan(replace(recipe, task="preference"), ON_CPU).found.items
+    assert of_adapter["reference adapter"] == of_adapter["adapter"]
+    of_model = forecast.plan(replace(recipe, task="preference", adapter=None), ON_CPU).found.items
+    assert of_model["reference model"] == of_model["weights"] + of_model["buffers"]
+
+
+def test_states_are_copied_for_the_tokens_in_the_loss_alone(sft):
+    """Beside the logits, the head of a CPU holds the states of these tokens, their slopes and two temporaries of a tile."""
+    recipe = sft(max_length=200, per_device_train_batch_size=1)
+    found = forecast.plan(recipe, ON_CPU).found
+    tokens, hidden, vocabulary = 199, 64, 500
+    states = found.items["logits and loss"] - 4 * tokens * vocabulary
+    assert states == pytest.approx(4 * 4 * tokens * hidden, rel=0.05)
 
 
 @pytest.mark.long
@@ -181,7 +209,7 @@ def test_what_is_recorded_keeps_what_is_claimed():
 @pytest.mark.long
 def test_what_does_not_fit_is_told_with_the_nearest_change_that_does(sft, capsys):
     recipe = sft(per_device_train_batch_size=16, max_length=256)
-    peak = forecast.plan(recipe, sharding.Layout(), accelerator=False).found.peak
+    peak = forecast.plan(recipe, ON_CPU).found.peak
     plan.main([str(recipe.document.path), "--cpu", "--memory", f"{(peak * 0.6 + forecast.PROCESS[1]) / 2**20}MiB"])
     said = capsys.readouterr().out
     assert "does not fit" in said
@@ -192,7 +220,7 @@ def test_what_does_not_fit_is_told_with_the_nearest_change_that_does(sft, capsys
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch"])
 def test_offload_is_proposed_with_an_optimizer_that_steps_on_the_host(sft, optim):
     recipe = sft(optim=optim)
-    found = forecast.plan(recipe, sharding.read("multi_gpu", 2), accelerator=False)
+    found = forecast.plan(recipe, sharding.read("multi_gpu", 2, cpu=True))
     (change, *_) = [c for c in fitting._changes(found) if c.told.startswith("--launch zero3_offload")]
     other = optim not in engines.OF_TORCH
     assert change.overrides == (("training.optim=adamw_torch_fused",) if other else ())
@@ -250,7 +278,7 @@ def test_a_configuration_that_no_model_can_have_is_a_line(sft, tmp_path):
 def test_checkpoints_on_disk_are_as_many_as_are_kept(sft, changes, lines):
     recipe = sft()
     recipe = replace(recipe, training=recipe.training | changes)
-    found = forecast.plan(recipe, sharding.Layout(), accelerator=False)
+    found = forecast.plan(recipe, ON_CPU)
     beside = plan._beside(found)
     assert [name for name in beside if "checkpoint" in name] == lines
     each = found.found.saved + found.found.standing["optimizer states"]
@@ -267,7 +295,7 @@ def test_as_many_processes_are_planned_for_cpus_as_the_launch_line_starts(name):
 
 
 def test_a_plan_for_cpus_proposes_layouts_of_cpus(sft):
-    found = forecast.plan(sft(), sharding.read(None, 2, cpu=True), accelerator=False)
+    found = forecast.plan(sft(), sharding.read(None, 2, cpu=True))
     launched = [change for change in fitting._changes(found) if "--launch" in change.told]
     assert launched
     assert all(" --cpu" in change.told and change.layout.on_cpus for change in launched)
@@ -276,7 +304,7 @@ def test_a_plan_for_cpus_proposes_layouts_of_cpus(sft):
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING"])
 def test_prompts_are_planned(sft, kind):
     recipe = replace(sft(), adapter={"peft_type": kind, "num_virtual_tokens": 5})
-    found = forecast.plan(recipe, sharding.Layout(), accelerator=False).found
+    found = forecast.plan(recipe, ON_CPU).found
     assert not any("estimate" in note for note in found.notes)
     assert found.parameters["trainable"] >= 5 * 64
 
@@ -284,29 +312,29 @@ def test_prompts_are_planned(sft, kind):
 @pytest.mark.long
 def test_tied_embeddings_are_there_once_and_added_tokens_are_counted(sft, tmp_path):
     config = {"vocab_size": 1000, "tie_word_embeddings": True}
-    tied = forecast.plan(sft(llama(tmp_path / "tied", **config)), sharding.Layout(), accelerator=False).found
+    tied = forecast.plan(sft(llama(tmp_path / "tied", **config)), ON_CPU).found
     apart = llama(tmp_path / "apart", **config | {"tie_word_embeddings": False})
-    found = forecast.plan(sft(apart), sharding.Layout(), accelerator=False).found
+    found = forecast.plan(sft(apart), ON_CPU).found
     assert found.parameters["total"] - tied.parameters["total"] == 1000 * 64
     assert found.items["weights"] - tied.items["weights"] == 1000 * 64 * 4
     recipe = sft(apart)
     grown = replace(recipe, model=replace(recipe.model, added_tokens=("<a>", "<b>")))
-    more = forecast.plan(grown, sharding.Layout(), accelerator=False).found
+    more = forecast.plan(grown, ON_CPU).found
     assert more.parameters["total"] > found.parameters["total"]
 
 
 def test_adaloras_schedule_is_no_matter_to_a_plan(sft):
     adapter = {"peft_type": "ADALORA", "target_modules": ["q_proj"], "tinit": 500, "tfinal": 1000}
-    assert forecast.plan(replace(sft(), adapter=adapter), sharding.Layout(), accelerator=False).found.parameters["trainable"]
+    assert forecast.plan(replace(sft(), adapter=adapter), ON_CPU).found.parameters["trainable"]
 
 
 @pytest.mark.long
 def test_a_large_batch_of_evaluation_is_the_worst_moment(sft):
     recipe = sft(per_device_eval_batch_size=2)
     recipe = replace(recipe, data=replace(recipe.data, evaluation={"test": recipe.data.train}))
-    same = forecast.plan(recipe, sharding.Layout(), accelerator=False).found
+    same = forecast.plan(recipe, ON_CPU).found
     large = replace(recipe, training=recipe.training | {"per_device_eval_batch_size": 200})
-    found = forecast.plan(large, sharding.Layout(), accelerator=False).found
+    found = forecast.plan(large, ON_CPU).found
     assert (same.moment == "evaluation", found.moment) == (False, "evaluation")
     assert found.peak > 2 * same.peak
     assert found.items["optimizer states"] == same.items["optimizer states"]
@@ -315,7 +343,7 @@ def test_a_large_batch_of_evaluation_is_the_worst_moment(sft):
 def test_an_evaluation_that_is_too_large_to_be_planned_is_a_note(sft):
     recipe = sft(per_device_eval_batch_size=10**12)
     recipe = replace(recipe, data=replace(recipe.data, evaluation={"test": recipe.data.train}))
-    found = forecast.plan(recipe, sharding.Layout(), accelerator=False).found
+    found = forecast.plan(recipe, ON_CPU).found
     assert found.moment != "evaluation"
     assert any("the evaluation is not counted" in note for note in found.notes)
 
@@ -335,7 +363,7 @@ def test_four_bit_weights_are_whole_on_each_device_while_fsdp_loads_them(sft, tm
 def test_torchs_plain_adamw_takes_the_roots_of_all_means_at_once_on_an_accelerator(sft):
     def in_step(optim: str, *, accelerator: bool) -> int:
         recipe = replace(sft(optim=optim, max_length=4, per_device_train_batch_size=1), adapter=None)
-        found = forecast.plan(recipe, sharding.Layout(), accelerator=accelerator).found
+        found = forecast.plan(recipe, sharding.Layout(on_cpus=not accelerator)).found
         return found.items.get("optimizer step", 0) * 4 // found.saved
 
     assert in_step("adamw_torch", accelerator=True) == 4
@@ -460,7 +488,7 @@ def test_a_training_that_begins_is_planned_once(sft, device, monkeypatch, tmp_pa
     recipe = sft(neftune_noise_alpha=5, bf16=True)
     first = expected.of_training(recipe, None)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert first.peak == forecast.plan(recipe, sharding.Layout(), accelerator=device == "accelerator").found.peak
+    assert first.peak == forecast.plan(recipe, sharding.Layout(on_cpus=device == "cpu")).found.peak
     assert first.needed[0] <= first.needed[1] <= first.needed[2]
     assert first.peak < first.needed[1]
     sketched.clear()
@@ -506,7 +534,7 @@ def test_what_cannot_be_traced_is_an_estimate_with_a_range(sft, monkeypatch):
         return x * float(self.down_proj(self.up_proj(x)).sum())
 
     monkeypatch.setattr(LlamaMLP, "forward", looks)
-    found = forecast.plan(sft(), sharding.Layout(), accelerator=False)
+    found = forecast.plan(sft(), ON_CPU)
     low, likely, high = found.needed
     assert low < likely < high
     assert any("cannot be traced" in note and "estimates" in note for note in found.found.notes)
@@ -520,7 +548,7 @@ def test_the_recipes_dtype_comes_before_that_of_the_configuration(sft, tmp_path)
     found = {}
     for dtype in ("auto", "float32", "bfloat16"):
         recipe = recipes.load(recipe.document.path, [f"model.dtype={dtype}"])
-        found[dtype] = forecast.plan(recipe, sharding.Layout(), accelerator=False).found.items
+        found[dtype] = forecast.plan(recipe, ON_CPU).found.items
     assert found["auto"] == found["bfloat16"]
     assert found["float32"]["weights"] == 2 * found["bfloat16"]["weights"]
     assert found["float32"]["activations"] > found["bfloat16"]["activations"]
@@ -528,8 +556,8 @@ def test_the_recipes_dtype_comes_before_that_of_the_configuration(sft, tmp_path)
 
 def test_layouts_divide_what_their_engine_divides(sft):
     recipe = sft()
-    layouts = [sharding.read(name, 4) for name in ("multi_gpu", "zero2", "zero3")]
-    ddp, zero2, zero3 = (found.found for found in forecast.plans(recipe, layouts, [None], accelerator=False))
+    layouts = [sharding.read(name, 4, cpu=True) for name in ("multi_gpu", "zero2", "zero3")]
+    ddp, zero2, zero3 = (found.found for found in forecast.plans(recipe, layouts, [None]))
     assert zero2.items["weights"] == ddp.items["weights"]
     assert zero3.items["weights"] == pytest.approx(ddp.items["weights"] / 4, rel=0.01)
     assert zero2.items["optimizer states"] == pytest.approx(ddp.items["optimizer states"] / 4, rel=0.01)
@@ -597,7 +625,7 @@ def test_a_deepspeed_file_is_read_for_a_plan_and_by_the_processes_of_a_launch(sa
     environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json", "WORLD_SIZE": "4"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    for found in (sharding.read("mine.yaml", 4), sharding.launched()):
+    for found in (sharding.read("mine.yaml", 4), sharding.launched(on_cpus=True)):
         assert (found.engine, found.processes) == ("DEEPSPEED", 4)
         assert (found.stage, found.optimizer_on_host, found.parameters_on_host) == DEEPSPEED_FILES[said]
 
@@ -606,9 +634,9 @@ def test_deepspeed_without_a_stage_is_accelerates_stage_2(tmp_path, monkeypatch)
     (tmp_path / "mine.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {}\n", encoding="utf-8")
     assert sharding.read(str(tmp_path / "mine.yaml"), 2).stage == 2
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert sharding.launched().stage == 2
+    assert sharding.launched(on_cpus=True).stage == 2
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
-    assert sharding.launched().stage == 1
+    assert sharding.launched(on_cpus=True).stage == 1
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,8 @@ def _attention(  # noqa: PLR0917  # F.scaled_dot_product_attention's
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
     bias = attn_mask
     if bias is not None and bias.dtype == torch.bool:
-        bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, float("-inf"))
+        # as torch's, but of the query: masks are real, and those of long rows have GBs
+        bias = query.new_zeros(bias.shape).masked_fill_(query.new_empty(bias.shape, dtype=torch.bool), float("-inf"))
     if bias is not None:
         bias = bias.expand(*query.shape[:-1], key.shape[-2])
     found = _EFFICIENT(query, key, value, bias, True, dropout_p, is_causal, scale=scale)

@@ -52,19 +52,18 @@ def of_training(recipe: Recipe, corpus: Corpus) -> Expected | str | None:
     if not speaks():
         return None
     unset_hf_deepspeed_config()  # of an earlier training of this process: under ZeRO-3 it would divide the plan's model, too
-    accelerator = _on_accelerator()
     try:
-        layout = sharding.launched()
+        layout = sharding.launched(on_cpus=not _on_accelerator())
         rows = workload.of(recipe, corpus)
-        kept = _kept(recipe, rows, layout, accelerator=accelerator)
+        kept = _kept(recipe, rows, layout)
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none there, or damaged
             return _expected(json.loads(kept.read_text(encoding="utf-8")), layout)
         with torch.random.fork_rng():
-            drawn = prediction.sketch(recipe, rows, [layout], accelerator=accelerator)
+            drawn = prediction.sketch(recipe, rows, [layout])
         found = prediction.predict(drawn, layout)
     except (UserError, *_FAILS) as error:
         return one_line(error)[:200]
-    planned = Plan(recipe=recipe, layout=layout, device=None, rows=rows, found=found, accelerator=accelerator)
+    planned = Plan(recipe=recipe, layout=layout, device=None, rows=rows, found=found)
     told = {"peak": found.peak, "needed": planned.needed}
     with contextlib.suppress(OSError):  # what is not kept is found again
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +78,7 @@ def _expected(told: Mapping[str, Any], layout: Layout) -> Expected:
     return Expected(peak=int(told["peak"]), needed=(low, likely, high), device=_this_machine(), layout=layout)
 
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: to be raised when a change of the plan gives another prediction of the same recipe."""
 _WITHOUT_EFFECT = (
     *("output_dir", "learning_rate", "seed", "data_seed", "num_train_epochs", "max_steps", "weight_decay", "warmup_", "lr_"),
@@ -88,14 +87,14 @@ _WITHOUT_EFFECT = (
 """Beginnings of the options of training that leave its memory as it is: those of a sweep share a prediction."""
 
 
-def _kept(recipe: Recipe, rows: Rows, layout: Layout, *, accelerator: bool) -> Path:
+def _kept(recipe: Recipe, rows: Rows, layout: Layout) -> Path:
     """Where the prediction of such a run is kept."""
     from scalepeft import model, operators
 
-    on = "accelerator" if accelerator else sorted(map(str, operators.slow()))  # nodes of other processors share the cache
+    slow = sorted(map(str, operators.slow())) if layout.on_cpus else []  # nodes of other processors share the cache
     said = {name: value for name, value in recipe.resolved().items() if name not in ("data", "training", "extends")}
     said["training"] = {name: v for name, v in recipe.training.items() if not name.startswith(_WITHOUT_EFFECT)}
-    parts = [FORMAT, packages(), said, asdict(layout), on, model.configuration(recipe, rows.labels).to_dict()]
+    parts = [FORMAT, packages(), said, asdict(layout), slow, model.configuration(recipe, rows.labels).to_dict()]
     if from_adapter := (recipe.adapter or {}).get("name_or_path"):
         parts.append((Path(model.adapter_path(str(from_adapter))) / "adapter_config.json").read_text(encoding="utf-8"))
     key = json.dumps([*parts, [[*map(list, rows.longest)], [*map(list, rows.evaluated)]]], sort_keys=True, default=str)

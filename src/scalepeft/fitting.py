@@ -38,7 +38,7 @@ def told(found: Plan, path: str, overrides: Sequence[str]) -> str:
     for change in list(_changes(found))[:_ENOUGH]:
         try:
             recipe = recipes.load(path, [*overrides, *change.overrides])
-            new = plan(recipe, change.layout or found.layout, found.device, accelerator=found.accelerator)
+            new = plan(recipe, change.layout or found.layout, found.device)
         except UserError:  # a change that this recipe or its model does not allow is no change to offer
             continue
         rows.append((f"  {change.told}", hardware.shown(new.needed[1]), "fits" if new.fits else "does not"))
@@ -155,7 +155,7 @@ def _cells(recipe: Recipe) -> Sequence[str]:
     layouts = list(_layouts(recipe))
     least: dict[str, str] = {}
     alone = ""
-    for found in plans(recipe, layouts, devices, accelerator=True):
+    for found in plans(recipe, layouts, devices):
         assert found.device is not None  # noqa: S101  # all are named
         alone = alone or hardware.shown(found.needed[1])
         if found.fits and found.device.name not in least:
@@ -174,7 +174,7 @@ def _layouts(recipe: Recipe) -> Iterator[Layout]:
             layout = sharding.read(name, count)
             if count > 1:
                 try:
-                    prediction.refuse(recipe, layout, accelerator=True)
+                    prediction.refuse(recipe, layout)
                 except UserError:
                     continue
             yield layout

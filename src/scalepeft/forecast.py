@@ -41,14 +41,13 @@ class Plan:
     device: Device | None
     rows: Rows
     found: Prediction
-    accelerator: bool
 
     @property
     def needed(self) -> tuple[int, int, int]:
         """Bytes of a device: at least, likely, at most."""
         peak, (less, more) = self.found.peak, self.found.uncertain
         peaks = (peak - less, peak, peak + more)
-        shares, beside = (FRAGMENTS, CONTEXT) if self.accelerator else ((0.0, 0.0, 0.0), PROCESS)
+        shares, beside = ((0.0, 0.0, 0.0), PROCESS) if self.layout.on_cpus else (FRAGMENTS, CONTEXT)
         low, mid, high = (int(p * (1 + share) + more) for p, share, more in zip(peaks, shares, beside, strict=True))
         return low, mid, high
 
@@ -101,22 +100,15 @@ class Plan:
         return self.flops / (self.layout.processes * self.device.flops * utilisation) / 3600
 
 
-def plan(
-    recipe: Recipe, layout: Layout, device: Device | None = None, *, rows: int | None = None, accelerator: bool = True
-) -> Plan:
+def plan(recipe: Recipe, layout: Layout, device: Device | None = None, *, rows: int | None = None) -> Plan:
     """What a recipe takes. `rows`: those of an epoch, where they are not at hand. Raises UserError as training would."""
-    return next(plans(recipe, [layout], [device], rows=rows, accelerator=accelerator))
+    return next(plans(recipe, [layout], [device], rows=rows))
 
 
 def plans(
-    recipe: Recipe,
-    layouts: Sequence[Layout],
-    devices: Sequence[Device | None],
-    *,
-    rows: int | None = None,
-    accelerator: bool = True,
+    recipe: Recipe, layouts: Sequence[Layout], devices: Sequence[Device | None], *, rows: int | None = None
 ) -> Iterator[Plan]:
-    """The same for several layouts and devices, whose model is built once."""
+    """The same for several layouts and devices, whose model is built once. The layouts are all on CPUs or all not."""
     quiet_upstream()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     offline_if_unreachable(recipe)
@@ -126,11 +118,11 @@ def plans(
     known = workload.rows(recipe)
     if rows is not None and known.rows is None:
         known = replace(known, rows=rows)
-    drawn = prediction.sketch(recipe, known, layouts, accelerator=accelerator)
+    drawn = prediction.sketch(recipe, known, layouts)
     for layout in layouts:
         found = prediction.predict(drawn, layout)
         for device in devices:
-            yield Plan(recipe=recipe, layout=layout, device=device, rows=known, found=found, accelerator=accelerator)
+            yield Plan(recipe=recipe, layout=layout, device=device, rows=known, found=found)
 
 
 class Needs(Protocol):

@@ -94,7 +94,10 @@ to a model that has TRL's head, it comes before that.
 
 
 def add_planned_lm_head(model: Any, targets: int, *, accelerator: bool, **options: Any) -> None:
-    """The same on tensors without numbers, which cannot say where targets stand: there are so many."""
+    """The same on tensors without numbers, which cannot say where targets stand: there are so many.
+
+    Labels are to be given as `shift_labels`: TRL then hands over the states of all positions as they are, not a copy.
+    """
 
     class Planned:
         @staticmethod

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     layout = sharding.read(options.launch, options.num_processes, cpu=options.cpu)
     if layout.on_cpus and options.gpu is not None:
         raise UserError(f"command line: --gpu {options.gpu}: the plan is one for CPUs; --memory says what a process may take")
-    found = plan(recipe, layout, device, rows=options.rows, accelerator=not layout.on_cpus)
+    found = plan(recipe, layout, device, rows=options.rows)
     if options.json:
         say(json.dumps(_figures(found, options), indent=2))
         return 0
@@ -100,11 +100,11 @@ def _blocks(found: Plan, options: argparse.Namespace) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [(f"each device at the worst moment, {prediction.moment}",)]
     rows += [(f"  {name}", hardware.shown(size)) for name, size in _sorted(prediction.items) if size >= 2**10]
     rows.append(("  allocated", hardware.shown(prediction.peak)))
-    if found.accelerator:
+    if found.layout.on_cpus:
+        rows.append(("  Python and libraries (estimate)", hardware.shown(PROCESS[1])))
+    else:
         rows.append(("  fragmentation (estimate)", hardware.shown(prediction.peak * FRAGMENTS[1])))
         rows.append(("  context and libraries (estimate)", hardware.shown(CONTEXT[1])))
-    else:
-        rows.append(("  Python and libraries (estimate)", hardware.shown(PROCESS[1])))
     yield f"{table(rows)}\n{verdict(found)}"
     yield table([("beside it",), *((f"  {name}", hardware.shown(size)) for name, size in _beside(found).items())])
     yield table(_work(found, options), right=False)

@@ -60,7 +60,6 @@ class Sketch:
     parameters: Mapping[str, int]
     unquantised: int
     largest: int
-    accelerator: bool
     notes: tuple[str, ...]
 
 
@@ -78,10 +77,11 @@ def checkpointing(recipe: Recipe) -> Mapping[str, Any] | None:
     return dict(options or {}) if on else None
 
 
-def sketch(recipe: Recipe, rows: workload.Rows, layouts: Sequence[Layout], *, accelerator: bool) -> Sketch:
-    """Trace the steps that these layouts need. Raises UserError as `refuse` and `model.build` do."""
+def sketch(recipe: Recipe, rows: workload.Rows, layouts: Sequence[Layout]) -> Sketch:
+    """Trace the steps that these layouts need, all on CPUs or all not. Raises UserError as `refuse` and `model.build` do."""
     for layout in layouts:
-        refuse(recipe, layout, accelerator=accelerator)
+        refuse(recipe, layout)
+    accelerator = not layouts[0].on_cpus
     options = checkpointing(recipe)
     drawn, lengths = blueprint.build(recipe, labels=rows.labels, checkpointing=options is not None), rows.longest
     meant, notes = workload.without_mask(recipe, lengths), list[str]()
@@ -121,7 +121,6 @@ def sketch(recipe: Recipe, rows: workload.Rows, layouts: Sequence[Layout], *, ac
         parameters=blueprint.parameters(drawn),
         unquantised=sum(plain),
         largest=max(plain),
-        accelerator=accelerator,
         notes=(*drawn.notes, *dict.fromkeys(notes)),
     )
 
@@ -130,26 +129,27 @@ def _padded(lengths: Sequence[Sequence[int]]) -> int:
     return len(lengths) * max(map(sum, lengths), default=0)
 
 
-def refuse(recipe: Recipe, layout: Layout, *, accelerator: bool) -> None:
+def refuse(recipe: Recipe, layout: Layout) -> None:
     """Raise UserError for what training would refuse on a layout."""
     accumulation(recipe, layout)
     on = {"engine": engines.called(layout.engine, layout.stage, layout.processes), "offloads": layout.optimizer_on_host}
-    engines.refuse(recipe, on, optim=optim(recipe), cpu=not accelerator)
+    engines.refuse(recipe, on, optim=optim(recipe), cpu=layout.on_cpus)
 
 
 def predict(drawn: Sketch, layout: Layout) -> Prediction:
     """What each process of a layout takes."""
     recipe = drawn.recipe
     held, optimizer = _held(recipe, layout, drawn.tensors), _optimizer(recipe)
-    if drawn.accelerator and optim(recipe) in _FOREACH and not layout.optimizer_on_host:
+    if optim(recipe) in _FOREACH and not (layout.on_cpus or layout.optimizer_on_host):
         divided = layout.engine == "FSDP" or layout.stage > 0
         trained = sum(t.elements * (4 if layout.engine == "DEEPSPEED" else t.itemsize) for t in drawn.tensors if t.trained)
         held.in_step += trained // (layout.processes if divided else 1)
     step = drawn.steps[_key(recipe, layout, drawn.tensors)]
     gradients = sum(t.size for t in drawn.tensors if t.trained)
-    if recipe.quantization is not None and not drawn.accelerator and layout.stage < 3:
+    if recipe.quantization is not None and layout.on_cpus and layout.stage < 3:
         # the tensors that stay as they are lie in the mapped file of the checkpoint, and keep all of it
-        held.device["checkpoint, mapped"] = drawn.unquantised - held.device.pop("weights, not quantised", 0)
+        held.device.pop("weights, not quantised", None)
+        held.device["checkpoint, mapped"] = drawn.unquantised - gradients
     standing = Counter(held.device)
     if accumulation(recipe, layout) > 1 and not held.frees_gradients:
         standing[footprint.GRADIENTS] += gradients
@@ -174,7 +174,7 @@ def predict(drawn: Sketch, layout: Layout) -> Prediction:
         notes.append(
             f"training.optim {optim(recipe)}: its states are an estimate, as large as AdamW's in 32 bits: perhaps far less"
         )
-    if optimizer.paged and drawn.accelerator:
+    if optimizer.paged and not layout.on_cpus:
         notes.append(
             "the optimizer's states are paged: when memory runs short, the driver moves them to the host, and it is slower"
         )
@@ -242,7 +242,8 @@ def _tensors(recipe: Recipe, drawn: Blueprint) -> Any:
     trained = "adapter" if blueprint.is_adapted(drawn) else "weights"
     frozen = "weights" if recipe.quantization is None else "weights, not quantised"
     seen: set[int] = set()
-    copies = 2 if recipe.task == "preference" and recipe.adapter is None else 1  # DPO's reference is a second model
+    # DPO's reference is a second model, or a copy of the adapter: TRL makes one of an adapter that it did not make itself
+    reference = "reference model" if recipe.adapter is None else "reference adapter"
     for module in drawn.model.modules():
         own = module.named_buffers(recurse=False)
         quantised = isinstance(module, Quantised)
@@ -254,8 +255,8 @@ def _tensors(recipe: Recipe, drawn: Blueprint) -> Any:
             seen.add(id(tensor))
             found = {"kind": kind, "elements": tensor.numel(), "itemsize": tensor.element_size()}
             yield Tensor(**found, trained=tensor.requires_grad, layer=numbers.get(id(tensor)), shape=tuple(tensor.shape))
-            if copies == 2:
-                yield Tensor(**found | {"kind": "reference model"}, layer=numbers.get(id(tensor)))
+            if recipe.task == "preference" and (recipe.adapter is None or tensor.requires_grad):
+                yield Tensor(**found | {"kind": reference}, layer=numbers.get(id(tensor)))
 
 
 def _kind(module: Quantised, name: str) -> str:

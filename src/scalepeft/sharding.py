@@ -146,13 +146,13 @@ def read(name: str | None, processes: int | None, *, cpu: bool = False) -> Layou
     return _divided(layout, _section(found.path, engine), str(found.path))
 
 
-def launched() -> Layout:
+def launched(*, on_cpus: bool) -> Layout:
     """The layout that the launcher of this process has asked for. Raises UserError for a DeepSpeed file that is none."""
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     processes = ranks.processes()
     engine = "DEEPSPEED" if deepspeed else "FSDP" if fsdp else "MULTI" if processes > 1 else "NO"
-    layout = Layout(name="launched", engine=engine, processes=processes, on_cpus=launch.on_cpu())
+    layout = Layout(name="launched", engine=engine, processes=processes, on_cpus=on_cpus)
     # accelerate's variables are the keys of its launch files
     named = {f"ACCELERATE_DEEPSPEED_{key.upper()}": key for key in _OF_ZERO}
     named |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": _FILE, "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params"}

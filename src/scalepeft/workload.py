@@ -115,7 +115,8 @@ def loss(
     add_planned_lm_head(base, targets, accelerator=accelerator, outputs=("log_probs", "entropy", "is_top1"))
 
     def continued(model: Any, given: Batch) -> torch.Tensor:
-        found = model(**given, use_cache=False, fused_lm_head=True)
+        inputs = {name: tensor for name, tensor in given.items() if name != "labels"}
+        found = model(**inputs, shift_labels=given["labels"], use_cache=False, fused_lm_head=True)
         return torch.neg(found.log_probs.sum() / found.label_mask.sum())
 
     return continued
@@ -127,7 +128,7 @@ def _preferred(beta: float) -> Callable[[Any, Batch], torch.Tensor]:
     def log_probs(model: Any, given: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         labels = given["input_ids"].masked_fill(given["completion_mask"] == 0, -100)
         inputs = {name: given[name] for name in ("input_ids", "attention_mask")}
-        found = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs.float().sum(-1)
+        found = model(**inputs, shift_labels=labels, use_cache=False, fused_lm_head=True).log_probs.float().sum(-1)
         chosen, rejected = found.chunk(2)
         return chosen, rejected
 
