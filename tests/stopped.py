@@ -97,6 +97,7 @@ def slowly(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> Non
 
 def main() -> None:
     overrides = several.prepared()
+    assert checkpoint.save_file is save_file
     if RANK:
         checkpoint.save_file = slowly
     for recipe, places, finish in json.loads(Path(sys.argv[1]).read_text()):

@@ -76,8 +76,8 @@ class Resumable(Trainer):  # type: ignore[misc]
             stateful = [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]
             self.state.stateful_callbacks |= {type(each).__name__: each.state() for each in stateful}
             self.state.save_to_json(str(folder / "trainer_state.json"))
-        ranks.agree({"written": step})  # safetensors writes under another name first, which is no file of the checkpoint
-        written = ranks.agree({"checkpoint": step, "_files": published.digests(folder, self.args.process_index)})
+        ranks.agree({"checkpoint": step})  # safetensors writes under another name first, which is no file to be listed
+        written = ranks.agree({"_files": published.digests(folder, self.args.process_index)})
         if first:
             files = {name: digest for facts in written for name, digest in facts["_files"].items()}
             metrics = self.run.flushed(METRICS)
